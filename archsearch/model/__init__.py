@@ -1,0 +1,1 @@
+"""Builds and runs networks: layers, decode kernels and the hybrid language model."""

@@ -1,0 +1,37 @@
+"""The operator kinds: options and costs, one file a kind, as plain data.
+
+``OPERATORS`` is the registry. The network of each kind is in the file of the same name
+under ``archsearch/model/layers``.
+"""
+
+from __future__ import annotations
+
+from archsearch.operators.attention import Attention, SlidingWindowAttention
+from archsearch.operators.base import OperatorConfig
+from archsearch.operators.delta_net import DeltaNet
+from archsearch.operators.ffn import FFN
+from archsearch.operators.gated_delta_net import GatedDeltaNet
+from archsearch.operators.gla import GLA
+from archsearch.operators.mamba2 import Mamba2
+
+OPERATORS: dict[str, type[OperatorConfig]] = {
+    "a": Attention,
+    "w": SlidingWindowAttention,
+    "m2": Mamba2,
+    "d": DeltaNet,
+    "gd": GatedDeltaNet,
+    "gl": GLA,
+    "f": FFN,
+}
+
+__all__ = [
+    "FFN",
+    "GLA",
+    "OPERATORS",
+    "Attention",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "Mamba2",
+    "OperatorConfig",
+    "SlidingWindowAttention",
+]
