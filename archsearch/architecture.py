@@ -92,6 +92,8 @@ class Architecture(Frozen):
                 operator.check(self.hidden_size)
             except ValueError as error:
                 raise ValueError(f"operator {index} ({operator.kind}): {error}") from None
+        # One spelling a network, or the same network would have several ids.
+        self.__dict__["operators"] = tuple(operator.canonical(self.hidden_size) for operator in self.operators)
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 
@@ -32,6 +32,11 @@ class Attention(OperatorConfig):
 
     def check(self, hidden: int) -> None:
         divide(self.query_heads(hidden), self.stored_heads(hidden), "kv_heads must divide the query heads")
+
+    def canonical(self, hidden: int) -> Self:
+        heads = self.query_heads(hidden)
+        same = {"heads": heads * self.head_dim == hidden, "kv_heads": self.kv_heads == heads}
+        return self.model_copy(update=dict.fromkeys((name for name, drop in same.items() if drop), None))
 
     def matmul_parameters(self, hidden: int) -> int:
         return 2 * hidden * (self.query_heads(hidden) + self.stored_heads(hidden)) * self.head_dim

@@ -6,7 +6,7 @@ before anything is built. ``hidden`` is the model width; lengths are tokens; siz
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 
@@ -25,6 +25,10 @@ class OperatorConfig(Frozen):
 
     def check(self, hidden: int) -> None:
         """Raise ValueError when the options do not fit the width ``hidden``."""
+
+    def canonical(self, hidden: int) -> Self:
+        """The same operator with every option absent whose value is the one that its absence means."""
+        return self
 
     def parameters(self, hidden: int) -> int:
         """Trainable numbers, without the pre-norm's gain."""

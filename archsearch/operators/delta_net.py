@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ class DeltaNet(Recurrent):
     def n_heads(self, hidden: int) -> int:
         """Heads at this width."""
         return self.heads or divide(hidden, self.head_dim, "head_dim must divide hidden_size")
+
+    def canonical(self, hidden: int) -> Self:
+        return self.model_copy(update={"heads": None}) if self.n_heads(hidden) * self.head_dim == hidden else self
 
     def check(self, hidden: int) -> None:
         self.n_heads(hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 
@@ -25,6 +25,9 @@ class GatedDeltaNet(Recurrent):
     def value_dim(self) -> int:
         """Width of a value head."""
         return scaled(self.head_dim, self.expand_v, "expand_v")
+
+    def canonical(self, hidden: int) -> Self:
+        return self.model_copy(update={"heads": None}) if self.n_heads(hidden) * self.head_dim == hidden else self
 
     def check(self, hidden: int) -> None:
         self.n_heads(hidden)

@@ -1,0 +1,146 @@
+"""RunConfig: everything a run is told, read strictly from one YAML file and ``--set`` overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator
+
+from archsearch.errors import ConfigError
+from archsearch.files import Document, parse_yaml, read_yaml, validate, write_atomic
+from archsearch.schema import Frozen, Quantity
+from archsearch.space import SearchSpace
+
+Objective = Literal["loss", "decode_latency", "parameters", "state_bytes"]
+
+
+class AgingConfig(Frozen):
+    """Ageing evolution (Real et al. 2019; Nemotron-Flash, Algorithm 1, is ``mode: paper``)."""
+
+    mode: Literal["default", "paper"] = "default"
+    population_size: int = Field(20, ge=2)
+    tournament_size: int = Field(5, ge=1)
+    front_parents: float = Field(0.5, ge=0, le=1, description="fraction of parents drawn from the Pareto front")
+
+
+class SearchConfig(Frozen):
+    """What proposes candidates, for how many evaluations, and what is minimised."""
+
+    sampler: Literal["aging", "tpe", "nsga2", "gp", "random"] = "aging"
+    evaluations: int = Field(200, ge=1, le=1_000_000)
+    seed: int = Field(0, ge=0)
+    objectives: tuple[Objective, ...] = Field(("loss", "decode_latency"), min_length=1, max_length=3)
+    aging: AgingConfig = AgingConfig()
+
+    @field_validator("objectives")
+    @classmethod
+    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) != len(names):
+            raise ValueError("an objective is repeated")
+        return names
+
+
+class ProxyConfig(Frozen):
+    """The short training (Nemotron-Flash, App. C: AdamW, cosine, 5e-4)."""
+
+    data: str = Field("builtin:python", min_length=1, description="builtin:python, or a text file, folder or glob")
+    tokens: Quantity = Field(20_000_000, ge=1, description="training budget")
+    batch: int = Field(16, ge=1, description="sequences a step")
+    context: int = Field(1024, ge=8, description="tokens a sequence")
+    learning_rate: float = Field(5e-4, gt=0, le=10)
+    warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
+    final_rate: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    validation_tokens: Quantity = Field(500_000, ge=1)
+    validations: int = Field(5, ge=1, description="points of the loss curve")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 on a GPU, float32 on a CPU")
+
+
+class LatencyConfig(Frozen):
+    """Decode latency: ``tokens`` generated at ``batch``, integrated over ``strata`` of positions."""
+
+    tokens: Quantity = Field(8192, ge=1)
+    batch: int = Field(1, ge=1)
+    strata: int = Field(16, ge=1, le=512, description="positions at which the step time is taken")
+    steps: int = Field(64, ge=1, description="steps timed at each position")
+    repeats: int = Field(3, ge=1, description="passes over the strata")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class ExecutionConfig(Frozen):
+    """Where evaluations run and what may go wrong before the search stops."""
+
+    executor: Literal["ray", "inline"] = "ray"
+    workers: int | Literal["auto"] = Field("auto", description="auto: one a GPU, or one a core without GPUs")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    address: str | None = Field(None, description="of a Ray cluster; a local Ray is started where absent")
+    allow_insecure_ray: bool = False
+    deadline: float = Field(3600.0, gt=0, description="seconds an evaluation may take")
+    grace: float = Field(10.0, ge=0, description="seconds that a first interrupt waits for running evaluations")
+    worker_failures: int = Field(3, ge=1, description="failures in a row that replace a worker")
+    failure_rate: float = Field(0.5, gt=0, le=1, description="share of failures above which the search stops")
+    failure_minimum: int = Field(5, ge=1, description="evaluations before failure_rate is looked at")
+    min_free_bytes: Quantity = Field(64 * 2**20, ge=0, description="free disk below which the search stops")
+
+    @field_validator("workers")
+    @classmethod
+    def _positive(cls, workers: int | str) -> int | str:
+        if isinstance(workers, int) and workers < 1:
+            raise ValueError("workers must be at least 1 or auto")
+        return workers
+
+
+class RunConfig(Frozen):
+    """A whole run. The resolved copy in the run folder holds every value, defaults included."""
+
+    space: SearchSpace
+    search: SearchConfig = SearchConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    latency: LatencyConfig = LatencyConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    def save(self, path: Path) -> None:
+        """Write the resolved config as YAML."""
+        data = self.model_dump(mode="json")
+        write_atomic(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, apply ``key.path=value`` overrides, check seeds and feasibility.
+
+    Raises:
+        ConfigError: with the file, line and key of the first problem.
+    """
+    document = read_yaml(Path(path))
+    for override in overrides:
+        document = _override(document, override)
+    config = validate(RunConfig, document)
+    config.space.check_feasible()
+    return config
+
+
+def _override(document: Document, override: str) -> Document:
+    """``document`` with one value replaced; ``override`` is ``key.path=YAML value``, numbers index lists."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} is not key.path=value", "write for example --set proxy.tokens=1M")
+    value: Any = parse_yaml(text, f"--set {override}").value
+    parts = [int(part) if part.isdigit() else part for part in key.split(".")]
+    return document._replace(value=_replaced(document.value, parts, value, override))
+
+
+def _replaced(tree: Any, parts: list[str | int], value: Any, override: str) -> Any:
+    if not parts:
+        return value
+    head, *rest = parts
+    if isinstance(tree, list) and isinstance(head, int) and head < len(tree):
+        return [_replaced(item, rest, value, override) if i == head else item for i, item in enumerate(tree)]
+    if (tree is None or isinstance(tree, dict)) and isinstance(head, str):
+        return {**(tree or {}), head: _replaced((tree or {}).get(head), rest, value, override)}
+    raise ConfigError(f"--set {override!r}: nothing at {head!r}", "name a key of the config")

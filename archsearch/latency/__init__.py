@@ -1,0 +1,1 @@
+"""Latency: how fast an architecture decodes on this device."""

@@ -1,0 +1,1 @@
+"""Proxy training: the short training that scores a candidate."""
