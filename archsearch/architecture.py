@@ -16,7 +16,10 @@ from archsearch.files import Document, read_yaml, validate
 from archsearch.operators import OPERATORS, OperatorConfig
 from archsearch.schema import Frozen, Quantity, did_you_mean
 
-REFERENCES = Path(__file__).resolve().parent.parent / "search_spaces" / "reference"
+_PACKAGE = Path(__file__).resolve().parent
+SPACES = next(p for p in (_PACKAGE / "search_spaces", _PACKAGE.parent / "search_spaces") if p.is_dir())
+"""The spaces that come with archsearch: inside an installed package, beside it in a checkout."""
+REFERENCES = SPACES / "reference"
 BF16 = 2
 
 
@@ -139,7 +142,7 @@ class Architecture(Frozen):
         return batch * sum(operator.state_bytes(self.hidden_size, stored, width) for operator in self.operators)
 
     def step_bytes(self, length: int, *, batch: int = 1, width: int = BF16) -> int:
-        """Bytes that one decode step must move when ``length`` tokens are stored: weights once, state read and written."""
+        """Bytes that one decode step must move at ``length`` stored tokens: weights once, state read and written."""
         stored = length + self.meta_tokens
         state = sum(operator.step_bytes(self.hidden_size, stored, width) for operator in self.operators)
         return self.weight_bytes(width) + batch * state

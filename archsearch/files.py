@@ -89,7 +89,7 @@ def parse_yaml(text: str, name: str) -> Document:
         if next(events, None) is not None:
             raise ConfigError(f"{name} holds more than one document", "keep one document a file")
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         where = f"{name}:{mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}: not valid YAML: {problem}", "mend the YAML syntax there") from None
@@ -125,15 +125,14 @@ def _build(event: Any, events: Iterator[Any], path: Path_, lines: dict[Path_, in
             items.append(_build(child, events, (*path, len(items)), lines, name))
         return items
     mapping: dict[str, Any] = {}
-    while not isinstance(key_event := next(events), yaml.MappingEndEvent):
-        where = f"{name}:{key_event.start_mark.line + 1}"
-        if not isinstance(key_event, yaml.ScalarEvent):
-            raise ConfigError(f"{where}: a key must be a word", "use plain words as keys")
-        key = key_event.value
-        if key in mapping:
-            raise ConfigError(f"{where}: the key {key!r} is repeated", "keep one of them")
-        mapping[key] = _build(next(events), events, (*path, key), lines, name)
-        lines[(*path, key)] = key_event.start_mark.line + 1
+    while not isinstance(key := next(events), yaml.MappingEndEvent):
+        line, word = key.start_mark.line + 1, getattr(key, "value", None)
+        if word is None:
+            raise ConfigError(f"{name}:{line}: a key must be a word", "use plain words as keys")
+        if word in mapping:
+            raise ConfigError(f"{name}:{line}: the key {word!r} is repeated", "keep one of them")
+        mapping[word] = _build(next(events), events, (*path, word), lines, name)
+        lines[(*path, word)] = line
     return mapping
 
 

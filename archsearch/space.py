@@ -108,11 +108,11 @@ class Stage(Frozen):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
     blocks: Choices[int]
-    mixers: Choices[str] = ()
+    mixers: Choices[str] | None = None
     ratio: Choices[str] = ("1:1",)
     layout: Choices[Literal["grouped", "spread"]] = ("grouped",)
     ffns: Choices[int] = (1,)
-    pattern: Choices[str] = ()
+    pattern: Choices[str] | None = None
 
     @field_validator("blocks")
     @classmethod
@@ -141,14 +141,14 @@ class Stage(Frozen):
     def _check_kinds(self) -> Stage:
         if bool(self.mixers) == bool(self.pattern):
             raise ValueError("give either mixers or pattern")
-        for combination in self.mixers:
+        for combination in self.mixers or ():
             kinds = combination.split("+")
             if len(kinds) > MAX_KINDS or len(set(kinds)) != len(kinds):
                 raise ValueError(f"{combination!r} must join one to {MAX_KINDS} different kinds with '+'")
             _known(kinds)
             if not all(OPERATORS[kind].is_mixer for kind in kinds):
                 raise ValueError(f"{combination!r}: an FFN is no mixer; use ffns")
-        for pattern in self.pattern:
+        for pattern in self.pattern or ():
             if not pattern.split():
                 raise ValueError("pattern is empty")
             _known(pattern.split())
@@ -159,9 +159,10 @@ class Stage(Frozen):
         """Factor to choices, in a fixed order; ``ffns1`` belongs to the first kind of the combination."""
         if self.pattern:
             return {"pattern": self.pattern, "blocks": self.blocks}
-        kinds = max(combination.count("+") + 1 for combination in self.mixers)
+        mixers = self.mixers or ()
+        kinds = max(combination.count("+") + 1 for combination in mixers)
         ffns = {f"ffns{index + 1}": self.ffns for index in range(kinds)}
-        return {"mixers": self.mixers, "ratio": self.ratio, "layout": self.layout, **ffns, "blocks": self.blocks}
+        return {"mixers": mixers, "ratio": self.ratio, "layout": self.layout, **ffns, "blocks": self.blocks}
 
     def block(self, factors: Mapping[str, Any]) -> Pattern:
         """The kinds of one block for chosen factors."""
@@ -243,7 +244,7 @@ class SearchSpace(Frozen):
 
     @cached_property
     def factors(self) -> dict[str, tuple[Choice, ...]]:
-        """Every factor, gene or constant, to its choices: ``hidden_size``, ``<stage>.<factor>``, ``<kind>.<option>``."""
+        """Every factor, gene or constant, to its choices: width, ``<stage>.<factor>``, ``<kind>.<option>``."""
         used = set().union(*(stage.kinds() for stage in self.stages))
         found: dict[str, tuple[Choice, ...]] = {"hidden_size": self.hidden_size}
         for stage in self.stages:
@@ -437,4 +438,3 @@ def _repeats(pattern: Pattern, kinds: Pattern, start: int, counts: tuple[int, ..
     for count in sorted(counts, reverse=True):
         if count <= fitting:
             yield count, start + count * len(pattern)
-
