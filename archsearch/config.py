@@ -33,6 +33,8 @@ class SearchConfig(Frozen):
     evaluations: int = Field(200, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0)
     objectives: tuple[Objective, ...] = Field(("loss", "decode_latency"), min_length=1, max_length=3)
+    stop_after: int | None = Field(None, ge=1, description="stop after so many evaluations without a gain; off: null")
+    stop_epsilon: float = Field(1e-3, ge=0, description="relative hypervolume gain that counts as one")
     aging: AgingConfig = AgingConfig()
 
     @field_validator("objectives")

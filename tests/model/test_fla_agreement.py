@@ -1,0 +1,164 @@
+"""Recurrences and layers against flash-linear-attention's naive functions and transformers' Mamba-2."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from archsearch.model.layers import LAYERS, Layer
+from archsearch.model.recurrence import delta_rule_chunked, delta_rule_step, gla_chunked, gla_step, ssd_chunked
+from archsearch.operators import OPERATORS
+
+BATCH, LENGTH, HEADS, KEY, VALUE = 2, 128, 3, 16, 24
+
+
+def naive(operator: str) -> ModuleType:
+    """The file of naive functions of fla alone: importing the package costs seconds and warns without a GPU."""
+    package = importlib.util.find_spec("fla")
+    assert package is not None
+    assert package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0], "ops", operator, "naive.py")
+    spec = importlib.util.spec_from_file_location(f"fla_naive_{operator}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(BATCH, LENGTH, HEADS, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    q, k = (F.normalize(draw(KEY, seed=seed), dim=-1) for seed in (0, 1))
+    v, beta = draw(VALUE, seed=2), draw(seed=3).sigmoid()
+    return {"q": q, "k": k, "v": v, "beta": beta, "g": F.logsigmoid(draw(seed=4))}
+
+
+def close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    """Outputs agree, and states once their [K, V] is turned to our [V, K]."""
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours[1], theirs[1].mT, rtol=1e-4, atol=1e-5)
+
+
+def test_delta_rule(inputs):
+    del inputs["g"]
+    fla = naive("delta_rule")
+    ours = delta_rule_chunked(*inputs.values())
+    # these two take [B, H, T, D]
+    swapped = [x.transpose(1, 2) for x in inputs.values()]
+    for function in (fla.delta_rule_recurrence, fla.delta_rule_chunkwise):
+        output, state = function(*swapped)
+        close(ours, (output.transpose(1, 2), state))
+
+
+def test_gated_delta_rule(inputs):
+    fla = naive("gated_delta_rule")
+    ours = delta_rule_chunked(*inputs.values())
+    close(ours, fla.naive_recurrent_gated_delta_rule(**inputs, output_final_state=True))
+    close(ours, fla.naive_chunk_gated_delta_rule(**inputs, output_final_state=True))
+
+
+def test_gated_delta_rule_step_from_a_state(inputs):
+    fla = naive("gated_delta_rule")
+    state = torch.randn(BATCH, HEADS, VALUE, KEY, generator=torch.Generator().manual_seed(5))
+    one = {name: x[:, :1] for name, x in inputs.items()}
+    output, final = delta_rule_step(*(x[:, 0] for x in one.values()), state)
+    theirs = fla.naive_recurrent_gated_delta_rule(**one, initial_state=state.mT, output_final_state=True)
+    close((output[:, None], final), theirs)
+
+
+def test_gla(inputs):
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    gates = F.logsigmoid(draw(KEY, seed=6))
+    theirs = naive("gla").naive_recurrent_gla(q, k, v, gates, output_final_state=True)
+    close(gla_chunked(q, k, v, gates), theirs)
+    state = torch.randn(BATCH, HEADS, VALUE, KEY, generator=torch.Generator().manual_seed(5))
+    one = [x[:, :1] for x in (q, k, v, gates)]
+    output, final = gla_step(*(x[:, 0] for x in one), state)
+    theirs = naive("gla").naive_recurrent_gla(*one, initial_state=state.mT, output_final_state=True)
+    close((output[:, None], final), theirs)
+
+
+def test_ssd(inputs):
+    q, k, v, g = inputs["q"], inputs["k"], inputs["v"], inputs["g"]
+    ours = ssd_chunked(q, k, v, g)
+    fla = naive("simple_gla")
+    for function in (fla.naive_recurrent_simple_gla, fla.naive_chunk_simple_gla):
+        close(ours, function(q, k, v, g, scale=1.0, output_final_state=True))
+
+
+def layer_of(kind: str, hidden: int, **options: float) -> Layer:
+    layer = LAYERS[kind](OPERATORS[kind].model_validate(options), hidden)
+    layer.init_weights(torch.Generator().manual_seed(0), 0.1)
+    return layer
+
+
+def convolved(layer: Layer, name: str, x: Tensor) -> Tensor:
+    """Projection, causal convolution, SiLU and split into heads, by the weights' names."""
+    weights = layer.state_dict()
+    projected = x @ weights[f"{name}_proj.weight"].T
+    kernel = weights[f"{name}_conv1d.weight"]
+    taps, channels = kernel.shape[-1], len(kernel)
+    y = F.conv1d(projected.mT, kernel, padding=taps - 1, groups=channels)[..., : x.shape[1]]
+    return F.silu(y).mT.unflatten(-1, (layer.heads, -1))
+
+
+def l2norm(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["d", "gd"])
+def test_delta_layers_by_their_published_formulas(kind):
+    layer = layer_of(kind, 48, head_dim=16)
+    weights, x = layer.state_dict(), torch.randn(BATCH, LENGTH, 48, generator=torch.Generator().manual_seed(1))
+    q, k, v = (convolved(layer, name, x) for name in "qkv")
+    beta = (x @ weights["b_proj.weight"].T).sigmoid()
+    g = torch.zeros_like(beta)
+    if kind == "gd":
+        g = -weights["A_log"].exp() * F.softplus(x @ weights["a_proj.weight"].T + weights["dt_bias"])
+    o, _ = naive("gated_delta_rule").naive_recurrent_gated_delta_rule(l2norm(q), l2norm(k), v, beta, g)
+    o = rms(o) * weights["o_norm.weight"]
+    if kind == "gd":
+        o = o * F.silu(x @ weights["g_proj.weight"].T).unflatten(-1, (layer.heads, -1))
+    torch.testing.assert_close(layer(x), o.flatten(-2) @ weights["o_proj.weight"].T, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gla_layer_by_its_published_formulas():
+    layer = layer_of("gl", 64, head_dim=16)
+    weights, x = layer.state_dict(), torch.randn(BATCH, LENGTH, 64, generator=torch.Generator().manual_seed(1))
+    q, k, v = ((x @ weights[f"{name}_proj.weight"].T).unflatten(-1, (layer.heads, -1)) for name in "qkv")
+    gates = x @ weights["gk_proj.0.weight"].T @ weights["gk_proj.1.weight"].T + weights["gk_proj.1.bias"]
+    gates = F.logsigmoid(gates).unflatten(-1, (layer.heads, -1)) / 16
+    o, _ = naive("gla").naive_recurrent_gla(q, k, v, gates)
+    gate = F.silu(x @ weights["g_proj.weight"].T).unflatten(-1, (layer.heads, -1))
+    o = rms(o) * weights["g_norm_swish_gate.weight"] * gate
+    torch.testing.assert_close(layer(x), o.flatten(-2) @ weights["o_proj.weight"].T, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mamba2_layer_equals_that_of_transformers():
+    layer = layer_of("m2", 64, head_dim=16, state=24)
+    config = Mamba2Config(
+        hidden_size=64, num_heads=8, head_dim=16, state_size=24, expand=2, n_groups=1, layer_norm_epsilon=1e-6
+    )
+    theirs = Mamba2Mixer(config, layer_idx=0)
+    theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(BATCH, LENGTH, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), theirs(x), rtol=1e-4, atol=1e-5)
