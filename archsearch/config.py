@@ -62,6 +62,9 @@ class ProxyConfig(Frozen):
     validation_tokens: Quantity = Field(500_000, ge=1)
     validations: int = Field(5, ge=1, description="points of the loss curve")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="bfloat16 on a GPU, float32 on a CPU")
+    kernels: Literal["auto", "torch", "fla"] = Field(
+        "auto", description="flash-linear-attention's on a GPU, the plain-torch reference on a CPU"
+    )
 
 
 class LatencyConfig(Frozen):
@@ -124,7 +127,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         document = _override(document, override)
     config = validate(RunConfig, document)
     config.space.check_feasible()
-    return config
+    return config.model_copy(update={"proxy": _absolute(config.proxy)})
+
+
+def _absolute(proxy: ProxyConfig) -> ProxyConfig:
+    """Workers may start in another folder, so a path to text is made absolute where it is read."""
+    if proxy.data.startswith("builtin:"):
+        return proxy
+    return proxy.model_copy(update={"data": str(Path(proxy.data).absolute())})
 
 
 def _override(document: Document, override: str) -> Document:

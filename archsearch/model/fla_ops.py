@@ -24,6 +24,8 @@ HOPPER = (9, 0)
 
 def require(device: torch.device) -> None:
     """Raise EnvironmentUnfit where the kernels are missing or known to give wrong gradients on ``device``."""
+    if device.type != "cuda":
+        raise EnvironmentUnfit(f"flash-linear-attention's kernels do not run on {device}", "set proxy.kernels=auto")
     missing = [name for name in ("fla", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         raise EnvironmentUnfit(

@@ -116,6 +116,13 @@ class HybridLM(nn.Module):
         """Which implementation each kind of operator trains with."""
         return {layer.kind: layer.op.path for layer in self.layers}
 
+    def use(self, path: str) -> HybridLM:
+        """Train every kind that has it through the implementation ``path``; the others keep the reference."""
+        for layer in self.layers:
+            if path in layer.op.paths:
+                layer.op.path = path
+        return self
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocab] of the tokens that follow ``tokens`` [B, T]."""
         return self.logits(self.hidden(tokens))

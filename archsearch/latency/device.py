@@ -1,0 +1,167 @@
+"""The device that measures: what it is, how much memory is free, and who may time on it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from archsearch.errors import EnvironmentUnfit, UsageError
+from archsearch.latency.nvml import ask_nvml
+from archsearch.schema import Frozen
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class DoesNotFit(EnvironmentUnfit):
+    """The model and its state are larger than the free memory of the device."""
+
+
+class DeviceInfo(Frozen):
+    """What a measurement ran on. ``memory`` is in bytes; ``uuid`` is a GPU's."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    memory: int
+    cores: int
+    driver: str = ""
+    uuid: str = ""
+    versions: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UsageError: no such device.
+        EnvironmentUnfit: a GPU is asked for and none can be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise UsageError(f"unknown device {name!r}", "give auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise EnvironmentUnfit("no CUDA device can be used", "use the device cpu, or see `archsearch doctor`")
+    index = int(match[1]) if match[1] else torch.cuda.current_device()
+    if index >= count:
+        raise EnvironmentUnfit(f"there is no {name}: {count} CUDA devices are visible", "give a lower number")
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of a CPU or GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def describe(device: torch.device) -> DeviceInfo:
+    """Name, memory, driver and library versions of ``device``."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or ""}
+    if device.type == "cpu":
+        memory = psutil.virtual_memory().total
+        return DeviceInfo(name=device_name(device), kind="cpu", memory=memory, cores=_cores(), versions=versions)
+    properties = torch.cuda.get_device_properties(device)
+    driver, note = ask_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion()))
+    return DeviceInfo(
+        name=device_name(device),
+        kind="cuda",
+        memory=properties.total_memory,
+        cores=properties.multi_processor_count,
+        driver=driver or "",
+        uuid=gpu_uuid(device),
+        versions=versions,
+        notes=(note,) if note else (),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """The name by which NVML knows a GPU, whatever CUDA_VISIBLE_DEVICES says."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+# Memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``, within the container's limit if there is one."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min(psutil.virtual_memory().available, _cgroup_memory())
+
+
+def _cgroup_memory() -> int:
+    """Bytes left under the container's limit (cgroup v2); no limit reads as a very large number."""
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return sys.maxsize
+    return limit - used + (int(cached[1]) if cached else 0)
+
+
+def require_memory(device: torch.device, needed: int, what: str) -> None:
+    """Raise DoesNotFit before anything is allocated when ``needed`` bytes are not free."""
+    free = free_memory(device)
+    if needed > free:
+        cause = f"{what} needs {needed / 1e9:.2f} GB and {device} has {free / 1e9:.2f} GB free"
+        raise DoesNotFit(cause, "use a smaller model, batch or number of tokens, or a larger device")
+
+
+# One measurement at a time
+
+
+@contextmanager
+def exclusive(device: torch.device) -> Iterator[float]:
+    """Hold the machine's one right to time on ``device``; gives the seconds waited for it.
+
+    The kernel takes the lock back when its holder dies. All users of the machine share it.
+    """
+    key = gpu_uuid(device) if device.type == "cuda" else "cpu"
+    handle = _open_lock(Path(tempfile.gettempdir()) / f"archsearch-timing-{key}.lock")
+    try:
+        start = time.perf_counter()
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield time.perf_counter() - start
+    finally:
+        os.close(handle)
+
+
+def _open_lock(path: Path) -> int:
+    # Opening another user's file in a sticky folder with O_CREAT is refused, reading it is not.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    for extra in (0, os.O_CREAT):
+        try:
+            return os.open(path, flags | extra, 0o644)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise EnvironmentUnfit(f"cannot open {path}: {error.strerror}", "remove that file") from None
+    raise EnvironmentUnfit(f"cannot create {path}", "check the folder for temporary files")

@@ -1,0 +1,115 @@
+"""Runtimes: decoding one token a sequence over and over, from static buffers.
+
+A step embeds ``token``, runs every operator, the head and the argmax, writes the winner back into
+``token`` and moves the position on. Nothing in it depends on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from archsearch.errors import UsageError
+from archsearch.model.hybrid import HybridLM
+
+CAPTURE_WARM_UP = 3
+"""Eager steps before a capture, so that libraries allocate their workspaces outside the graph."""
+
+
+class Runtime(Protocol):
+    """What ``measure_decode`` times. On a GPU nothing here waits for the device but ``position``.
+
+    Attributes:
+        path: which implementation runs.
+        token: int64 [B], the token that the next step reads: what the last one chose.
+        logits: [B, vocab], those of the last step.
+    """
+
+    path: str
+    token: Tensor
+    logits: Tensor
+
+    def begin(self) -> None:
+        """Forget all tokens; meta tokens are read again."""
+        ...
+
+    def feed(self, token: Tensor) -> None:
+        """Make ``token`` [B] the one that the next step reads."""
+        ...
+
+    def seek(self, tokens: int) -> None:
+        """Go on as if ``tokens`` tokens had been decoded; caches keep whatever they hold.
+
+        Raises:
+            UsageError: beyond the room for tokens.
+        """
+        ...
+
+    def position(self) -> int:
+        """Tokens decoded so far, as the device counts them."""
+        ...
+
+    def step(self) -> None:
+        """Decode one token a sequence."""
+        ...
+
+
+class TorchRuntime:
+    """The model's own step, launched from Python. ``tokens`` is the capacity of its state."""
+
+    path = "torch step"
+
+    def __init__(self, model: HybridLM, batch: int, tokens: int) -> None:
+        weight = model.embed_tokens.weight
+        self.model = model
+        self.state = model.allocate_state(batch, tokens)
+        self.token = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self.logits = torch.zeros(batch, model.architecture.vocab_size, dtype=weight.dtype, device=weight.device)
+
+    def begin(self) -> None:
+        self.model.begin(self.state)
+
+    def feed(self, token: Tensor) -> None:
+        self.token.copy_(token)
+
+    def seek(self, tokens: int) -> None:
+        room = self.state.capacity - self.model.n_meta
+        if not 0 <= tokens < room:
+            raise UsageError(f"position {tokens} in a cache of {room} tokens", f"choose 0 to {room - 1}")
+        self.state.position.fill_(tokens + self.model.n_meta)
+
+    def position(self) -> int:
+        return int(self.state.position.item()) - self.model.n_meta
+
+    def step(self) -> None:
+        self.logits.copy_(self.model.step(self.token, self.state))
+        torch.argmax(self.logits, dim=-1, out=self.token)
+
+
+class GraphRuntime(TorchRuntime):
+    """The model's own step captured once as a CUDA graph and replayed."""
+
+    path = "torch step, CUDA graph"
+
+    def __init__(self, model: HybridLM, batch: int, tokens: int) -> None:
+        super().__init__(model, batch, tokens)
+        stream = torch.cuda.Stream(self.token.device)
+        stream.wait_stream(torch.cuda.current_stream(self.token.device))
+        with torch.cuda.stream(stream):
+            for _ in range(CAPTURE_WARM_UP):
+                super().step()
+        torch.cuda.current_stream(self.token.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            super().step()
+
+    def step(self) -> None:
+        self.graph.replay()
+
+
+def make_runtime(model: HybridLM, batch: int, tokens: int) -> Runtime:
+    """The fastest runtime for the model's device, with room for ``tokens`` tokens a sequence."""
+    runtime = GraphRuntime if model.embed_tokens.weight.is_cuda else TorchRuntime
+    return runtime(model, batch, tokens)

@@ -1,0 +1,82 @@
+"""What makes a latency count: the timed path computes the model, moves on, and the device was well."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archsearch.errors import ArchsearchError
+from archsearch.latency.nvml import GpuState
+from archsearch.latency.runtime import Runtime
+from archsearch.model.hybrid import HybridLM
+
+CHECKED_TOKENS = 8
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest relative error ‖step - forward‖ / ‖forward‖ of the logits; bf16 rounds each of dozens of layers."""
+
+
+class InvalidMeasurement(ArchsearchError):
+    """A latency was measured that cannot be trusted."""
+
+    exit_code = 4
+
+
+def check_runtime(runtime: Runtime, model: HybridLM, batch: int, tokens: int) -> float:
+    """Feed random tokens through the very steps that will be timed and compare with the model's forward.
+
+    Each step must give the forward's logits, feed its own argmax back and count one token. That also
+    catches a graph that reads a stale buffer, where greedy tokens of random weights may rightly repeat.
+
+    Returns:
+        The largest relative error of the logits.
+
+    Raises:
+        InvalidMeasurement: any of these fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, length = model.architecture.vocab_size, min(CHECKED_TOKENS, tokens)
+    fed = torch.randint(vocabulary, (batch, length), generator=generator).to(runtime.token.device)
+    rows = sorted({0, batch - 1})
+    expected = model(fed[rows])
+    runtime.begin()
+    errors = []
+    for index in range(length):
+        runtime.feed(fed[:, index])
+        runtime.step()
+        errors.append(_error(runtime.logits[rows], expected[:, index]))
+        _check_moved_on(runtime, index + 1)
+    worst = float(np.max(errors))  # unlike Python's max, NaN wins
+    if not worst <= TOLERANCE[runtime.logits.dtype]:
+        raise InvalidMeasurement(
+            f"decode steps ({runtime.path}) give other logits than the forward pass: relative error {worst:.2g}",
+            "report this with the architecture: one of the two is wrong",
+        )
+    return worst
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm(found.float() - expected.float(), dim=-1)
+    return float((difference / torch.linalg.vector_norm(expected.float(), dim=-1)).max())
+
+
+def _check_moved_on(runtime: Runtime, position: int) -> None:
+    if not torch.equal(runtime.token, runtime.logits.argmax(-1)):
+        raise InvalidMeasurement(f"a decode step ({runtime.path}) does not feed its token back", "report this")
+    check_position(runtime, position)
+
+
+def check_position(runtime: Runtime, expected: int) -> None:
+    """Raise InvalidMeasurement unless the device has counted ``expected`` tokens."""
+    if (found := runtime.position()) != expected:
+        cause = f"after {expected} tokens the device ({runtime.path}) counts {found}"
+        raise InvalidMeasurement(cause, "report this: steps were lost or repeated")
+
+
+def check_end(runtime: Runtime, states: list[GpuState]) -> None:
+    """Raise InvalidMeasurement if the last logits are not finite or the GPU slowed itself down."""
+    if not bool(torch.isfinite(runtime.logits).all()):
+        raise InvalidMeasurement("decoding ended in NaN or infinity", "check the architecture's operators")
+    if reasons := [reason for state in states for reason in state.hard_throttle]:
+        cause = f"the GPU throttled while it was timed: {', '.join(sorted(set(reasons)))}"
+        raise InvalidMeasurement(cause, "let it cool down or mend its power supply, then measure again")

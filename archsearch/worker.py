@@ -1,0 +1,218 @@
+"""The worker's entry: one architecture in, one evaluation out. Here the search and the model rooms meet.
+
+The driver imports this module too, so torch is loaded only when an evaluation begins.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from archsearch.architecture import Architecture
+from archsearch.config import RunConfig
+from archsearch.errors import ArchsearchError, InvalidArchitecture
+from archsearch.evaluation import Evaluation, Outcome
+
+if TYPE_CHECKING:
+    import torch
+
+    from archsearch.model.hybrid import HybridLM
+
+_CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+
+
+class ProxyEvaluator:
+    """Measures decode latency, refuses what is slower than the ceiling, then trains the proxy.
+
+    Only what an objective or a limit asks for is run.
+
+    Args:
+        config: the whole run.
+        weights: folder for the trained weights, ``{architecture.id}.safetensors``; none are kept when absent.
+    """
+
+    def __init__(self, config: RunConfig, weights: str | None = None) -> None:
+        self.config, self.weights = config, weights
+
+    def __call__(self, architecture: Architecture, *, seed: int) -> Evaluation:
+        """Evaluate once. Every failure comes back as an outcome with its cause in ``error``."""
+        record = _Record(architecture, seed)
+        try:
+            self._evaluate(record)
+        except Exception as error:
+            record.fail(error)
+        if record.outcome is not Outcome.CRASH:  # a broken CUDA context would refuse even this
+            _release_memory()
+        return record.evaluation()
+
+    def _evaluate(self, record: _Record) -> None:
+        with record.phase("import"):
+            device, record.device = _prepare(self.config.execution.device)
+        objectives = self.config.search.objectives
+        _static_costs(record, self.config)
+        if "decode_latency" in objectives or self.config.space.limits.decode_latency is not None:
+            _measure(record, self.config, device)
+        if "loss" in objectives:
+            _train(record, self.config, device, self.weights)
+        record.objectives = {name: record.objectives[name] for name in objectives}
+
+
+@dataclass
+class _Record:
+    """What is known of an evaluation so far; it outlives the failure of a phase."""
+
+    architecture: Architecture
+    seed: int
+    outcome: Outcome = Outcome.OK
+    error: str = ""
+    objectives: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[tuple[int, float], ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+    device: str = ""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start
+
+    def fail(self, error: Exception) -> None:
+        self.outcome = classify(error)
+        self.curve = getattr(error, "curve", self.curve)
+        self.error = _explain(error, self.outcome)
+
+    def evaluation(self) -> Evaluation:
+        objectives = self.objectives if self.outcome is Outcome.OK else {}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Evaluation(**{**fields, "objectives": objectives})
+
+
+def classify(error: Exception) -> Outcome:
+    """The outcome that an exception of an evaluation means."""
+    import torch
+
+    from archsearch.latency.device import DoesNotFit
+    from archsearch.latency.validity import InvalidMeasurement
+    from archsearch.proxy.trainer import NonFiniteLoss
+
+    outcomes: list[tuple[type[Exception], Outcome]] = [
+        (InvalidArchitecture, Outcome.INFEASIBLE),
+        (InvalidMeasurement, Outcome.INVALID_MEASUREMENT),
+        (NonFiniteLoss, Outcome.NAN),
+        (DoesNotFit, Outcome.OOM),
+        (MemoryError, Outcome.OOM),
+        (torch.OutOfMemoryError, Outcome.OOM),
+    ]
+    for kind, outcome in outcomes:
+        if isinstance(error, kind):
+            return outcome
+    exhausted = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_OUT_OF_MEMORY)
+    return Outcome.OOM if exhausted else Outcome.CRASH
+
+
+def _explain(error: Exception, outcome: Outcome) -> str:
+    if isinstance(error, ArchsearchError):
+        return f"{type(error).__name__}: {error.cause}; {error.remedy}"
+    if outcome is Outcome.CRASH:
+        return "".join(traceback.format_exception(error)).strip()
+    return f"{type(error).__name__}: {error}"
+
+
+# Phases
+
+
+def _prepare(name: str) -> tuple[torch.device, str]:
+    """The device and its name; a CPU worker computes on one core unless OMP_NUM_THREADS says more."""
+    import torch
+
+    from archsearch.latency.device import device_name, resolve_device
+
+    device = resolve_device(name)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return device, device_name(device)
+
+
+def _static_costs(record: _Record, config: RunConfig) -> None:
+    architecture = record.architecture
+    state_bytes = architecture.state_bytes(config.space.limits.state_context)
+    record.objectives |= {"parameters": float(architecture.parameters), "state_bytes": float(state_bytes)}
+    record.metrics |= {
+        "notation": architecture.notation,
+        "parameters": architecture.parameters,
+        "state_bytes": state_bytes,
+        "train_flops": architecture.train_flops(config.proxy.context),
+    }
+
+
+def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
+    from archsearch.latency.decode import measure_decode
+
+    with record.phase("latency"):
+        latency = measure_decode(record.architecture, config.latency, device=device)
+    record.paths["decode"] = latency.path
+    record.objectives["decode_latency"] = latency.seconds
+    record.metrics |= {"tpot_ms": latency.tpot_ms, "latency": latency.model_dump(mode="json", exclude={"device"})}
+    ceiling = config.space.limits.decode_latency
+    if ceiling is not None and latency.seconds > ceiling:
+        cause = f"decode latency {latency.seconds:.4g} s is above the limit {ceiling:.4g} s"
+        raise InvalidArchitecture(cause, "widen space.limits.decode_latency")
+
+
+def _train(record: _Record, config: RunConfig, device: torch.device, weights: str | None) -> None:
+    from archsearch.proxy.trainer import train_proxy
+
+    result = train_proxy(record.architecture, config.proxy, seed=record.seed, device=device)
+    record.curve, record.objectives["loss"] = result.curve, result.loss
+    record.seconds |= result.seconds
+    record.paths |= result.paths
+    record.metrics |= {
+        "perplexity": math.exp(min(result.loss, 700.0)),
+        "proxy_tokens": result.tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "proxy_dtype": result.dtype,
+    }
+    if weights is not None:
+        with record.phase("save"):
+            save_weights(result.model, Path(weights) / f"{record.architecture.id}.safetensors")
+
+
+def save_weights(model: HybridLM, path: Path) -> None:
+    """Write the parameters as safetensors, all or nothing; the architecture travels in the metadata."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"format": "pt", "architecture": json.dumps(model.architecture.to_dict())}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _release_memory() -> None:
+    """Give the memory of this candidate back, so that the next one finds as much as it did."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from archsearch.architecture import Architecture, make_architecture
+from archsearch.config import LatencyConfig
+from archsearch.errors import UsageError
+from archsearch.latency import decode
+from archsearch.latency.decode import DecodeLatency, measure_decode
+from archsearch.latency.device import DoesNotFit
+from archsearch.latency.nvml import GpuState
+from archsearch.latency.runtime import TorchRuntime
+from archsearch.latency.validity import InvalidMeasurement, check_end, check_runtime
+from archsearch.model.hybrid import build_model
+
+OPTIONS = {
+    "a": {"head_dim": 16, "kv_heads": 1},
+    "w": {"head_dim": 16, "window": 8},
+    "d": {"head_dim": 16},
+    "gd": {"head_dim": 16},
+    "gl": {"head_dim": 16},
+    "m2": {"head_dim": 16, "state": 16},
+    "f": {"multiple_of": 32},
+}
+QUICK = LatencyConfig(tokens=48, strata=3, steps=4, repeats=2)
+
+
+def architecture_of(operators: str, **fields: object) -> Architecture:
+    options = {kind: OPTIONS[kind] for kind in set(operators.split())}
+    return make_architecture(hidden_size=32, vocab_size=64, operators=operators, options=options, **fields)
+
+
+EVERY_KIND = architecture_of("a f w d gd gl m2")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fields", [{}, {"meta_tokens": 5}, {"tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_kind_is_measured(fields: dict[str, object], batch: int) -> None:
+    architecture = architecture_of("a f w d gd gl m2", **fields)
+    config = QUICK.model_copy(update={"batch": batch})
+    found = measure_decode(architecture, config, device="cpu")
+    assert found.positions == (8, 24, 40)
+    assert found.seconds == pytest.approx(48 / 3 * sum(found.step_ms) / 1e3)
+    assert found.tpot_ms == pytest.approx(1e3 * found.seconds / 48)
+    assert found.interval_ms is not None
+    assert 0 < found.interval_ms[0] <= found.interval_ms[1]
+    assert found.samples >= 3 * 3
+    assert found.logits_error < 1e-4
+    assert (found.batch, found.dtype, found.path, found.threads) == (batch, "float32", "torch step", 1)
+    assert found.weight_bytes == architecture.weight_bytes(4)
+    assert found.step_bytes == architecture.step_bytes(24, batch=batch, width=4)
+    assert found.device.kind == "cpu"
+    assert DecodeLatency.model_validate_json(found.model_dump_json()) == found
+
+
+def test_given_weights_are_measured_as_they_are() -> None:
+    model = build_model(EVERY_KIND, seed=3, dtype=torch.bfloat16)
+    found = measure_decode(EVERY_KIND, QUICK, device="cpu", model=model)
+    assert found.dtype == "bfloat16"
+    assert 1e-5 < found.logits_error < 0.05
+
+
+@pytest.mark.parametrize("config", [{"tokens": 1}, {"tokens": 2, "strata": 512}, {"steps": 1, "repeats": 1}], ids=str)
+def test_smallest_settings_work(config: dict[str, int]) -> None:
+    found = measure_decode(architecture_of("a f"), QUICK.model_copy(update=config), device="cpu")
+    assert found.seconds > 0
+    assert found.tokens == config.get("tokens", 48)
+
+
+def test_too_large_model_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "build_model", lambda *arguments: pytest.fail("built"))
+    config = LatencyConfig(tokens=10**9, batch=1000)
+    with pytest.raises(DoesNotFit, match="decoding 1000000000 tokens at batch 1000"):
+        measure_decode(architecture_of("a f"), config, device="cpu")
+
+
+@pytest.mark.parametrize("position", [-1, 16])
+def test_position_outside_the_cache_is_refused(position: int) -> None:
+    runtime = runtime_of(TorchRuntime, architecture_of("a f", meta_tokens=2))
+    runtime.seek(15)
+    assert runtime.position() == 15
+    with pytest.raises(UsageError, match="in a cache of 16 tokens"):
+        runtime.seek(position)
+
+
+# Each way to be wrong is found
+
+
+def check(runtime: TorchRuntime, batch: int = 2, tokens: int = 16) -> float:
+    with torch.inference_mode():
+        return check_runtime(runtime, runtime.model, batch, tokens)
+
+
+def runtime_of(kind: type[TorchRuntime], architecture: Architecture = EVERY_KIND) -> TorchRuntime:
+    return kind(build_model(architecture), 2, 16)
+
+
+def test_right_runtime_passes() -> None:
+    assert check(runtime_of(TorchRuntime)) < 1e-4
+    assert check(runtime_of(TorchRuntime, architecture_of("a m2", meta_tokens=3))) < 1e-4
+
+
+def test_stale_buffer_is_found() -> None:
+    class Stale(TorchRuntime):
+        def feed(self, token: torch.Tensor) -> None:
+            pass
+
+    with pytest.raises(InvalidMeasurement, match="other logits than the forward pass"):
+        check(runtime_of(Stale))
+
+
+def test_wrong_position_is_found() -> None:
+    class Shifted(TorchRuntime):
+        def step(self) -> None:
+            self.state.position.add_(2)
+            super().step()
+            self.state.position.sub_(2)
+
+    with pytest.raises(InvalidMeasurement, match="other logits than the forward pass"):
+        check(runtime_of(Shifted))
+
+
+@pytest.mark.parametrize("kind", ["a", "w", "d", "gd", "gl", "m2"])
+def test_state_that_is_not_emptied_is_found(kind: str) -> None:
+    class Dirty(TorchRuntime):
+        def begin(self) -> None:
+            self.state.zero_()
+            for layer in self.state.layers:
+                for buffer in layer.values():
+                    buffer.fill_(1.0)
+            self.state.position.fill_(2)
+
+    with pytest.raises(InvalidMeasurement):
+        check(runtime_of(Dirty, architecture_of(f"{kind} f")))
+
+
+def test_lost_step_is_found() -> None:
+    class Forgetful(TorchRuntime):
+        def step(self) -> None:
+            super().step()
+            self.state.position.fill_(1)
+
+    with pytest.raises(InvalidMeasurement, match="after 2 tokens the device"):
+        check(runtime_of(Forgetful))
+
+
+def test_token_that_is_not_fed_back_is_found() -> None:
+    class Deaf(TorchRuntime):
+        def step(self) -> None:
+            super().step()
+            self.token.fill_(63)
+
+    with pytest.raises(InvalidMeasurement, match="does not feed its token back"):
+        check(runtime_of(Deaf))
+
+
+def test_logits_that_are_not_finite_are_found() -> None:
+    model = build_model(EVERY_KIND)
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(InvalidMeasurement, match="relative error nan"):
+        measure_decode(EVERY_KIND, QUICK, device="cpu", model=model)
+
+
+def test_poisoned_cache_is_found_at_the_end() -> None:
+    runtime = runtime_of(TorchRuntime, architecture_of("d f"))
+    check(runtime)
+    for buffer in runtime.state.layers[0].values():
+        buffer.fill_(float("nan"))
+    runtime.step()
+    with pytest.raises(InvalidMeasurement, match="NaN or infinity"):
+        check_end(runtime, [])
+
+
+def test_throttled_gpu_is_found() -> None:
+    runtime = runtime_of(TorchRuntime)
+    states = [
+        GpuState(sm_clock=1, memory_clock=1, temperature=99, power=1.0, energy=1.0, throttle=bits, processes=1)
+        for bits in (0x4, 0x40)
+    ]
+    check_end(runtime, states[:1])
+    with pytest.raises(InvalidMeasurement, match=r"throttled while it was timed: thermal \(hardware\)"):
+        check_end(runtime, states)
+
+
+def test_step_that_does_not_advance_while_timed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    class Stuck(TorchRuntime):
+        def step(self) -> None:
+            super().step()
+            if next(calls) >= 20:
+                self.state.position.sub_(1)
+
+    monkeypatch.setattr(decode, "make_runtime", Stuck)
+    with pytest.raises(InvalidMeasurement, match="counts"):
+        measure_decode(architecture_of("a f"), QUICK, device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("fields", [{}, {"meta_tokens": 5}], ids=str)
+def test_gpu_is_measured_through_a_graph(fields: dict[str, object]) -> None:
+    architecture = architecture_of("a f w d gd gl m2", **fields)
+    found = measure_decode(architecture, QUICK.model_copy(update={"batch": 2}), device="cuda")
+    assert found.dtype == "bfloat16"
+    assert found.path != "torch step"
+    assert found.seconds > 0
+    assert found.device.kind == "cuda"
+    assert found.device.uuid.startswith("GPU-")
+    assert len(found.gpu) == 2 or found.notes
