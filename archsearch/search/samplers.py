@@ -1,0 +1,76 @@
+"""The samplers by name. Each proposal gets a fresh one, seeded by the run's seed and what was proposed before.
+
+With one worker, a search that was interrupted therefore proposes what it would have proposed. That
+holds for all five: aging, TPE, GP and random read only the study; NSGA-II keeps its generations in
+the trials' attributes, which the study stores with them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+
+from archsearch.config import RunConfig
+from archsearch.search.aging import AgingEvolutionSampler
+
+SamplerFor = Callable[[int], BaseSampler]
+"""The number of genomes proposed before, to the sampler that proposes the next."""
+
+
+def make_sampler(config: RunConfig) -> SamplerFor:
+    """The sampler of ``config.search.sampler``.
+
+    ``gp`` imports torch into this process, because Optuna's own sampler is written in it; it is the
+    only choice that does. Its objectives are all modelled, so it slows down from some hundred trials on.
+    """
+    if config.search.sampler == "aging":
+        aging = _aging(config)
+        return lambda count: aging
+    make = _OPTUNA[config.search.sampler]
+
+    def sampler_for(count: int) -> BaseSampler:
+        seed = int(np.random.SeedSequence([config.search.seed, count]).generate_state(1)[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return make(seed, config)
+
+    return sampler_for
+
+
+def _aging(config: RunConfig) -> AgingEvolutionSampler:
+    aging = config.search.aging
+    return AgingEvolutionSampler(
+        config.space,
+        population_size=aging.population_size,
+        tournament_size=aging.tournament_size,
+        front_parents=aging.front_parents,
+        seed=config.search.seed,
+    )
+
+
+def _tpe(seed: int, config: RunConfig) -> BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def _nsga2(seed: int, config: RunConfig) -> BaseSampler:
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=config.search.aging.population_size)
+
+
+def _gp(seed: int, config: RunConfig) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed)
+
+
+def _random(seed: int, config: RunConfig) -> BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+_OPTUNA: dict[str, Callable[[int, RunConfig], BaseSampler]] = {
+    "tpe": _tpe,
+    "nsga2": _nsga2,
+    "gp": _gp,
+    "random": _random,
+}

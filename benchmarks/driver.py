@@ -1,0 +1,66 @@
+"""The driver's own cost an evaluation: ask, submit, wait, commit, with an evaluator that takes no time.
+
+    python benchmarks/driver.py [--trials 2000] [--sampler aging] [--space search_spaces/hybrid.yaml]
+
+Prints one JSON object. ``ms`` is the mean over all trials, ``last_ms`` the mean over the last tenth,
+for a study in memory and for one on disk (of ``--folder``, where free space and a real disk count).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from archsearch.config import RunConfig, load_config
+from archsearch.search.database import journal_mode
+from archsearch.search.executors import InlineExecutor
+from archsearch.search.folder import RunFolder
+from archsearch.search.ledger import Ledger
+from archsearch.search.loop import Search
+from archsearch.search.progress import Progress
+from tests.search.fakes import FakeEvaluator
+
+
+def main() -> None:
+    """Measure both and print."""
+    parser = argparse.ArgumentParser(description="the driver's own cost an evaluation")
+    parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--sampler", default="aging")
+    parser.add_argument("--space", default="search_spaces/hybrid.yaml")
+    parser.add_argument("--folder", default=None, help="where the durable study goes; a temporary folder if absent")
+    parser.add_argument("--only", choices=["memory", "durable"], default=None)
+    options = parser.parse_args()
+    overrides = [f"search.evaluations={options.trials}", f"search.sampler={options.sampler}"]
+    config = load_config(options.space, [*overrides, "execution.executor=inline"])
+    result = {"trials": options.trials, "genes": len(config.space.genes), "sampler": options.sampler}
+    if options.only != "durable":
+        result["memory"] = measure(config, Ledger(config))
+    if options.only != "memory":
+        with tempfile.TemporaryDirectory(dir=options.folder) as path:
+            folder = RunFolder.create(Path(path) / "run", config)
+            result["durable"] = measure(config, Ledger(config, folder)) | {"journal": journal_mode(folder.study_path)}
+    print(json.dumps(result, indent=2))
+
+
+def measure(config: RunConfig, ledger: Ledger) -> dict[str, float]:
+    """Milliseconds an evaluation."""
+    times: list[float] = []
+
+    def note(progress: Progress) -> None:
+        times.append(time.perf_counter())
+
+    Search(config, ledger, lambda: InlineExecutor(FakeEvaluator()), on_progress=note).run()
+    ledger.close()
+    tenth = max(len(times) // 10, 1)
+    last = (times[-1] - times[-1 - tenth]) / tenth
+    return {"ms": round(1e3 * (times[-1] - times[0]) / (len(times) - 1), 2), "last_ms": round(1e3 * last, 2)}
+
+
+if __name__ == "__main__":
+    main()
