@@ -1,0 +1,312 @@
+"""The command line: what each command prints where, and with which exit code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from archsearch.architecture import Architecture
+from archsearch.cli import main
+from archsearch.config import load_config
+from archsearch.errors import EnvironmentUnfit, RunInUse, SearchStopped, StorageError
+from tests.kits.runs import SMALL_FLAGS, TINY, fake_evaluations, make_run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        fake_evaluations(patch)
+        yield make_run(tmp_path_factory.mktemp("runs") / "one").path
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.chdir(tmp_path)
+    fake_evaluations(monkeypatch)
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def run_seed() -> Architecture:
+    """The first candidate of every run of the tiny space."""
+    space = load_config(TINY).space
+    return space.build(space.seed_genomes[0])
+
+
+def data(result: tuple[int, str, str], name: str) -> dict[str, Any]:
+    """The one JSON object on stdout of a command that went well."""
+    code, out, err = result
+    assert code == 0, err
+    document: dict[str, Any] = json.loads(out)
+    assert document["schema_version"] == 1
+    assert document["command"] == name
+    return document
+
+
+def test_run_writes_the_run_folder(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("run", "--space", TINY, "--out", "mine", *SMALL_FLAGS)
+    assert code == 0
+    assert "operators" in out
+    assert "12 of 12 candidates evaluated" in out
+    assert "run folder: mine" in err
+    assert re.search(r"^done 12/12, running 0, failed \d+, best loss 2\.\d+, front \d+, hypervolume 0\.\d+", err, re.M)
+    folder = tmp_path / "mine"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "study.db", "trials", "pareto.csv", "pareto.png"}
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["optuna"].startswith("5")
+    assert command("validate", folder / "config.yaml")[0] == 0
+
+
+def test_run_names_its_folder(command: Command, tmp_path: Path) -> None:
+    document = data(command("run", "--space", TINY, *SMALL_FLAGS, "--evaluations", "4", "--json"), "run")
+    assert re.fullmatch(r"experiments/tiny-\d{8}-\d{6}", document["run"])
+    assert document["reason"] == "finished"
+    assert document["evaluated"] == 4
+    assert (tmp_path / document["run"] / "study.db").exists()
+
+
+def test_flags_win_over_set(command: Command, tmp_path: Path) -> None:
+    words = ["run", "--space", TINY, "--out", "r", *SMALL_FLAGS, "--evaluations", "3", "--seed", "7"]
+    assert command(*words)[0] == 0
+    saved = (tmp_path / "r" / "config.yaml").read_text()
+    assert "evaluations: 3" in saved
+    assert "seed: 7" in saved
+
+
+def test_dry_run_writes_nothing(command: Command, tmp_path: Path) -> None:
+    code, out, _ = command("run", "--space", TINY, "--dry-run")
+    assert code == 0
+    space = load_config(TINY).space
+    assert f"{space.size:,} genomes of {len(space.genes)} genes" in out
+    assert "  hidden_size: 64, 96" in out
+    assert len(re.findall(r"^ +\d+\.\d\dM +\d+ wide  \w", out, re.M)) == 5
+    document = data(command("run", "--space", TINY, "--dry-run", "--json"), "run")
+    assert len(document["samples"]) == 5
+    assert document["training_bytes"] > 0
+    assert document["seconds_a_candidate"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_of_a_finished_run_changes_nothing(command: Command, run_path: Path) -> None:
+    trials = {path.name: path.read_bytes() for path in (run_path / "trials").iterdir()}
+    code, out, err = command("resume", run_path)
+    assert code == 0, err
+    assert "12 of 12 candidates evaluated" in out
+    assert {path.name: path.read_bytes() for path in (run_path / "trials").iterdir()} == trials
+
+
+def test_inspect_prints_the_front(command: Command, run_path: Path) -> None:
+    code, out, _ = command("inspect", run_path)
+    assert code == 0
+    document = data(command("inspect", run_path, "--json"), "inspect")
+    assert "decode [s]" in out
+    for candidate in document["front"]:
+        assert re.search(rf"^ *{candidate['number']}  .*{re.escape(candidate['notation'])} *$", out, re.M)
+    assert sum(document["outcomes"].values()) >= 12
+    losses = [candidate["objectives"]["loss"] for candidate in document["front"]]
+    assert losses == sorted(losses)
+
+
+def test_inspect_as_csv(command: Command, run_path: Path) -> None:
+    code, out, _ = command("inspect", run_path, "--csv")
+    assert code == 0
+    rows = list(csv.DictReader(io.StringIO(out)))
+    document = data(command("inspect", run_path, "--json"), "inspect")
+    on_front = {int(row["number"]) for row in rows if row["on_front"] == "True"}
+    assert on_front == {candidate["number"] for candidate in document["front"]}
+    assert next(row["number"] for row in rows if row["seed"] == "True") == "0"
+    kept = list(csv.DictReader((run_path / "pareto.csv").open()))
+    assert {int(row["number"]) for row in kept} == on_front
+
+
+def test_inspect_one_trial(command: Command, run_path: Path) -> None:
+    code, out, _ = command("inspect", run_path, "--trial", "0")
+    assert code == 0
+    seed = run_seed()
+    assert re.search(rf"^notation +{seed.notation}$", out, re.M)
+    trial = data(command("inspect", run_path, "--trial", "0", "--json"), "inspect")["trial"]
+    assert trial["lineage"]["kind"] == "seed"
+    assert trial["evaluation"]["architecture"] == seed.to_dict()
+
+
+def test_exported_files_are_read_back(command: Command, run_path: Path) -> None:
+    trial = data(command("inspect", run_path, "--trial", "0", "--json"), "inspect")["trial"]
+    for format in ("yaml", "json"):
+        words = ["export", run_path, "--trial", "0", "--to", f"x-1.{format}", "--format", format, "--json"]
+        assert data(command(*words), "export")["path"].endswith(f"x-1.{format}")
+        assert data(command("validate", f"x-1.{format}", "--json"), "validate")["id"] == trial["id"]
+
+
+def test_train_and_latency(command: Command) -> None:
+    Path("small.yaml").write_text(
+        "{hidden_size: 16, vocab_size: 256, operators: d a, options: {a: {head_dim: 8}, d: {head_dim: 8}}}"
+    )
+    sizes = ["tokens=256", "batch=2", "context=32", "validation_tokens=64"]
+    words = ["train", "small.yaml", *(word for size in sizes for word in ("--set", f"proxy.{size}"))]
+    result = data(command(*words, "--json"), "train")
+    assert 4 < result["loss"] < 7
+    assert result["tokens"] == 256
+    code, out, _ = command(*words)
+    assert code == 0
+    assert f"loss {result['loss']:.4f} nats" in out
+    sizes = ["tokens=16", "strata=1", "steps=4", "repeats=1"]
+    words = ["latency", "small.yaml", *(word for size in sizes for word in ("--set", f"latency.{size}"))]
+    result = data(command(*words, "--json", "--device", "cpu"), "latency")
+    assert result["seconds"] > 0
+    assert result["tokens"] == 16
+    code, out, _ = command(*words)
+    assert code == 0
+    assert "ms a token" in out
+
+
+def test_init_writes_a_space_that_runs(command: Command) -> None:
+    assert command("init", "mine.yaml")[1] == "mine.yaml\n"
+    assert command("validate", "mine.yaml")[0] == 0
+    assert command("run", "--space", "mine.yaml", "--out", "r", *SMALL_FLAGS)[0] == 0
+
+
+def test_doctor(command: Command) -> None:
+    document = data(command("doctor", "--json"), "doctor")
+    assert document["ok"]
+    checks = {check["name"]: check for check in document["checks"]}
+    assert {"python", "torch", "sqlite", "ray", "disk", "operator a", "operator m2"} <= checks.keys()
+    assert all(check["status"] in ("ok", "warn") for check in checks.values())
+    assert "off by" in checks["operator gd"]["detail"]
+
+
+def test_doctor_fails_where_a_check_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(kind: str) -> None:
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setattr("archsearch.commands.doctor.check_operator", broken)
+    code, out, err = command("doctor")
+    assert code == 4
+    assert re.search(r"^fail  operator a +RuntimeError: no kernel image$", out, re.M)
+    assert "operator a" in err.splitlines()[0]
+
+
+def test_version_and_help(command: Command) -> None:
+    assert command("--version")[1].startswith("archsearch 0")
+    code, out, _ = command()
+    assert code == 0
+    for name in ("run", "resume", "inspect", "export", "train", "latency", "validate", "init", "doctor"):
+        assert re.search(rf"\b{name} ", out)
+
+
+@pytest.mark.parametrize("error", [EnvironmentUnfit, SearchStopped, StorageError, RunInUse])
+def test_exit_codes(command: Command, monkeypatch: pytest.MonkeyPatch, error: type[StorageError]) -> None:
+    def fail(*_: object) -> None:
+        raise error("the cause", "the remedy")
+
+    monkeypatch.setattr("archsearch.config.load_config", fail)
+    assert command("validate", TINY)[0] == 0
+    monkeypatch.setattr("archsearch.commands.spaces.load_config", fail)
+    code, out, err = command("validate", TINY)
+    assert (code, out) == (error.exit_code, "")
+    assert err == "error: the cause\nremedy: the remedy\n"
+
+
+def test_debug_shows_the_traceback(command: Command) -> None:
+    assert "Traceback" not in command("validate", "absent.yaml")[2]
+    assert "Traceback" in command("validate", "absent.yaml", "--debug")[2]
+    assert "Traceback" in command("--debug", "validate", "absent.yaml")[2]
+
+
+def test_a_bug_leaves_its_traceback_in_a_file(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(path: Path) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("archsearch.commands.spaces.validate_file", broken)
+    code, out, err = command("validate", TINY)
+    assert (code, out) == (1, "")
+    assert "Traceback" not in err
+    (path,) = tmp_path.glob("archsearch-error-*.txt")
+    assert str(path) in err.splitlines()[1]
+    assert "ZeroDivisionError: oops" in path.read_text()
+
+
+def test_interrupt(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("archsearch.commands.spaces.validate_file", interrupted)
+    assert command("validate", TINY)[0] == 130
+
+
+SLOW = """
+import sys, time
+from tests.kits import runs
+from archsearch import api, cli
+
+class Slow(runs.FakeEvaluator):
+    def __call__(self, architecture, *, seed):
+        time.sleep(0.2)
+        return super().__call__(architecture, seed=seed)
+
+api.ProxyEvaluator = Slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_run(command: Command, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    words = ["run", "--space", str(TINY), "--out", str(tmp_path / "r"), *SMALL_FLAGS]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *words], cwd=root, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("r/trials/*.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"archsearch resume {tmp_path / 'r'}" in err
+    assert "12 of 12 candidates evaluated" in command("resume", tmp_path / "r")[1]
+
+
+def test_live_progress_on_a_terminal(tmp_path: Path) -> None:
+    words = ["run", "--space", str(TINY), "--out", str(tmp_path / "r"), *SMALL_FLAGS, "--evaluations", "8"]
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *words], cwd=root, env=environment, stderr=terminal, stdout=subprocess.PIPE
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        try:
+            while chunk := os.read(controller, 65536):
+                shown += chunk
+        except OSError:
+            pass
+        out, _ = process.communicate()
+    assert process.returncode == 0
+    assert b"\x1b" not in out
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert len(re.findall(r"done \d/8  running", plain)) > 2
+    assert "hypervolume" in plain
+    assert "left" in plain
