@@ -14,10 +14,6 @@ from torch import Tensor
 from archsearch.errors import UsageError
 from archsearch.model.hybrid import HybridLM
 
-CAPTURE_WARM_UP = 3
-"""Eager steps before a capture, so that libraries allocate their workspaces outside the graph."""
-
-
 class Runtime(Protocol):
     """What ``measure_decode`` times. On a GPU nothing here waits for the device but ``position``.
 
@@ -88,28 +84,13 @@ class TorchRuntime:
         torch.argmax(self.logits, dim=-1, out=self.token)
 
 
-class GraphRuntime(TorchRuntime):
-    """The model's own step captured once as a CUDA graph and replayed."""
-
-    path = "torch step, CUDA graph"
-
-    def __init__(self, model: HybridLM, batch: int, tokens: int) -> None:
-        super().__init__(model, batch, tokens)
-        stream = torch.cuda.Stream(self.token.device)
-        stream.wait_stream(torch.cuda.current_stream(self.token.device))
-        with torch.cuda.stream(stream):
-            for _ in range(CAPTURE_WARM_UP):
-                super().step()
-        torch.cuda.current_stream(self.token.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            super().step()
-
-    def step(self) -> None:
-        self.graph.replay()
-
-
 def make_runtime(model: HybridLM, batch: int, tokens: int) -> Runtime:
-    """The fastest runtime for the model's device, with room for ``tokens`` tokens a sequence."""
-    runtime = GraphRuntime if model.embed_tokens.weight.is_cuda else TorchRuntime
-    return runtime(model, batch, tokens)
+    """What decodes on the model's device, with room for ``tokens`` tokens a sequence.
+
+    On a GPU that is the captured chain of Triton kernels, on a CPU the model's own step.
+    """
+    if not model.embed_tokens.weight.is_cuda:
+        return TorchRuntime(model, batch, tokens)
+    from archsearch.model.decode import DecodeGraph
+
+    return DecodeGraph(model, batch, tokens)

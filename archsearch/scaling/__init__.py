@@ -1,0 +1,1 @@
+"""Depth and width: how the loss falls with both, and which pair is best for a latency. Never imports torch."""
