@@ -118,13 +118,14 @@ def inspect(
     trial: Annotated[int | None, Option(help="Show one trial in full.")] = None,
     json: Json = False,
     csv: Annotated[bool, Option("--csv", help="Print all candidates as CSV.")] = False,
+    why: Annotated[bool, Option("--why", help="Also what proposals earned and which genes matter.")] = False,
 ) -> None:
     """Show what a run found: its front, its outcomes, one trial."""
     from archsearch.commands.inspect import show
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other", "give one of them")
-    show(run, trial, json=json, csv=csv)
+    show(run, trial, json=json, csv=csv, why=why)
 
 
 @app.command()

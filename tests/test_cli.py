@@ -141,6 +141,17 @@ def test_inspect_as_csv(command: Command, run_path: Path) -> None:
     assert {int(row["number"]) for row in kept} == on_front
 
 
+def test_inspect_says_why(command: Command, run_path: Path) -> None:
+    code, out, _ = command("inspect", run_path, "--why")
+    assert code == 0
+    assert "what each kind of proposal earned" in out
+    document = data(command("inspect", run_path, "--why", "--json"), "inspect")
+    assert len(document["history"]) == document["evaluated"]
+    assert document["history"][-1]["hypervolume"] == pytest.approx(document["hypervolume"])
+    assert sum(row["proposals"] for row in document["proposals"]) == document["evaluated"]
+    assert (run_path / "hypervolume.png").stat().st_size > 10_000
+
+
 def test_inspect_one_trial(command: Command, run_path: Path) -> None:
     code, out, _ = command("inspect", run_path, "--trial", "0")
     assert code == 0

@@ -19,7 +19,7 @@ from archsearch.operators import OPERATORS
 COMMANDS = {
     "run": "--dry-run --evaluations --executor --json --out --seed --set --space --workers",
     "resume": "--json RUN",
-    "inspect": "--csv --json --trial RUN",
+    "inspect": "--csv --json --trial --why RUN",
     "export": "--format --json --to --trial RUN",
     "train": "--device --json --seed --set --space ARCH",
     "latency": "--device --json --set --space ARCH",

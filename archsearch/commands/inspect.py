@@ -12,6 +12,7 @@ from rich.table import Table
 
 from archsearch.api import Results, open_run
 from archsearch.commands.console import print_json, safe, say, stdout
+from archsearch.commands.insight import insight_json, print_insight
 from archsearch.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 COLUMNS = {"loss": "loss", "decode_latency": "decode [s]", "parameters": "parameters", "state_bytes": "state [KiB]"}
 
 
-def show(path: Path, trial: int | None, *, json: bool, csv: bool) -> None:
+def show(path: Path, trial: int | None, *, json: bool, csv: bool, why: bool) -> None:
     """Print a run, or one of its trials, and bring its report up to date."""
     results = open_run(path).results()
     if trial is not None:
@@ -34,9 +35,11 @@ def show(path: Path, trial: int | None, *, json: bool, csv: bool) -> None:
 
         sys.stdout.write(csv_text(table(results.config, results.candidates)))
     elif json:
-        print_json("inspect", front_json(results))
+        print_json("inspect", {**front_json(results), **(insight_json(results) if why else {})})
     else:
         print_front(results)
+        if why:
+            print_insight(results)
 
 
 def report(results: Results) -> None:

@@ -1,16 +1,17 @@
-"""What a run folder shows of its results: ``pareto.csv`` and ``pareto.png``."""
+"""What a run folder shows of its results: ``pareto.csv``, ``pareto.png`` and ``hypervolume.png``."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archsearch.config import RunConfig
 from archsearch.errors import StorageError
 from archsearch.files import write_atomic
+from archsearch.report.insight import draw_history, history
 from archsearch.report.table import csv_text, seed_ids, table
 from archsearch.search.study import Candidate, front, hypervolume
 
@@ -23,7 +24,9 @@ SCALES = {"parameters": 1e-6, "state_bytes": 1 / 1024}
 def write_report(
     config: RunConfig, candidates: Sequence[Candidate], reference: Sequence[float] | None, folder: Path
 ) -> list[Path]:
-    """Write the front as CSV and the picture of all results; each file appears whole or not at all.
+    """Write the front as CSV, the picture of all results and the course of the hypervolume.
+
+    Each file appears whole or not at all. The hypervolume has no picture before its reference is fixed.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -35,22 +38,30 @@ def write_report(
     if len(rows):
         rows = rows.sort_values(f"objective.{config.search.objectives[0]}")
     write_atomic(folder / "pareto.csv", csv_text(rows))
-    path = folder / "pareto.png"
+    written = [folder / "pareto.csv", folder / "pareto.png"]
+    _write_picture(written[1], lambda path: draw(make_picture(config, candidates, reference), path))
+    if reference is not None:
+        moments = history(candidates, config.search.objectives, reference)
+        title = f"{config.space.name}: hypervolume of the search"
+        written.append(folder / "hypervolume.png")
+        _write_picture(written[2], lambda path: draw_history(moments, path, title))
+    return written
+
+
+def _write_picture(path: Path, draw: Callable[[Path], None]) -> None:
     try:
-        handle, draft = tempfile.mkstemp(dir=folder, prefix=".pareto.", suffix=".png")
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)
         try:
-            draw(make_picture(config, candidates, reference), Path(draft))
+            draw(Path(draft))
             os.chmod(draft, 0o644)
             os.replace(draft, path)
         except BaseException:
             os.unlink(draft)
             raise
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}", "free space, or make the folder writable"
-        ) from None
-    return [folder / "pareto.csv", path]
+        remedy = "free space, or make the folder writable"
+        raise StorageError(f"cannot write {path}: {error.strerror}", remedy) from None
 
 
 def axis_label(name: str, config: RunConfig) -> str:

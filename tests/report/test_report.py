@@ -34,7 +34,7 @@ def test_report_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, object
     run = make_run(tmp_path / "r", f"search.objectives={objectives}", "search.evaluations=8")
     results = run.results()
     paths = write_report(results.config, results.candidates, results.reference, tmp_path)
-    assert [path.name for path in paths] == ["pareto.csv", "pareto.png"]
+    assert [path.name for path in paths] == ["pareto.csv", "pareto.png", "hypervolume.png"]
     rows = list(csv.DictReader(paths[0].open()))
     assert [int(row["number"]) for row in rows] == [candidate.number for candidate in results.front]
     assert (11, 110, 153) in pixels(paths[1])

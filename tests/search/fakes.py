@@ -23,6 +23,8 @@ SPACE: dict[str, Any] = {
     ],
     "options": {"a": {"head_dim": 32}, "d": {"head_dim": 32}, "m2": {"head_dim": 32, "state": [16, 32]}},
 }
+AGING = {"mode": "paper", "population_size": 6, "tournament_size": 3}
+"""The mode that proposes within a millisecond; the default mode fits surrogates."""
 
 
 def make_config(
@@ -31,7 +33,7 @@ def make_config(
     """A config of the small space, inline unless told otherwise."""
     data = {
         "space": space or SPACE,
-        "search": {"evaluations": 20, "aging": {"population_size": 6, "tournament_size": 3}, **search},
+        "search": {"evaluations": 20, "aging": AGING, **search},
         "execution": {"executor": "inline", "min_free_bytes": 0, **(execution or {})},
     }
     return RunConfig.model_validate(data)

@@ -167,8 +167,7 @@ def test_a_worker_that_cannot_start_makes_the_environment_unfit(start_ray: Any) 
     executor = start_ray(Unloadable(), worker_failures=2)
     executor.submit(0, architectures(1)[0], 0)
     with pytest.raises(EnvironmentUnfit, match="cannot start"):
-        for _ in range(60):
-            executor.wait(1.0)
+        executor.wait(60.0)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def dashboard() -> Iterator[tuple[str, dict[str, int]]]:
     answer = {"status": 200}
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send_response(answer["status"] if self.path.startswith("/api/jobs") else 404)
             self.end_headers()
 

@@ -46,6 +46,19 @@ def test_create_refuses_a_folder_with_something_in_it(folder: RunFolder) -> None
     assert sorted(folder.path.iterdir()) == before
 
 
+def test_create_leaves_a_strangers_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty") as error:
+        RunFolder.create(tmp_path, make_config())
+    assert "resume" not in error.value.remedy
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_create_goes_on_where_a_creation_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text("")
+    assert RunFolder.create(tmp_path, make_config()).config == make_config()
+
+
 def test_create_takes_an_empty_folder_and_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert RunFolder.create(tmp_path / "empty", make_config()).config_path.exists()
@@ -101,9 +114,7 @@ def test_a_second_process_is_told_who_holds_the_run(folder: RunFolder) -> None:
     assert record["pid"] == os.getpid()
 
 
-def test_a_network_file_system_is_refused(
-    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_file_system_is_refused(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mounts"
     where = str(tmp_path).replace(" ", "\\040")
     mounts.write_text(f"/dev/sda / ext4 rw 0 0\nserver:/x {where} nfs4 rw 0 0\n")

@@ -184,6 +184,7 @@ class Losing:
     """An executor whose node is lost with every second job, and that has two jobs in flight."""
 
     capacity = 2
+    interruptible = True
 
     def __init__(self, losses: int) -> None:
         self.losses = losses
@@ -312,9 +313,7 @@ def test_a_signal_lets_what_runs_end(create: Callable[..., RunFolder], number: s
 
 
 @pytest.mark.parametrize(("grace", "twice"), [(0.3, False), (60.0, True)], ids=["grace over", "second signal"])
-def test_what_does_not_end_in_time_stays_in_flight(
-    create: Callable[..., RunFolder], grace: float, twice: bool
-) -> None:
+def test_what_does_not_end_in_time_stays_in_flight(create: Callable[..., RunFolder], grace: float, twice: bool) -> None:
     folder = create(None, {"grace": grace}, evaluations=10)
     evaluator = Signalling(signal.SIGTERM, seconds=30.0, twice=twice, calls=[])
     summary, seconds = interrupt(folder, evaluator)

@@ -44,7 +44,9 @@ def test_the_study_reads_back_as_it_was_written(folder: RunFolder) -> None:
     for candidate in found:
         assert candidate.architecture is not None
         assert candidate.evaluation is not None
-        assert folder.config.space.build(candidate.genome) == candidate.architecture == candidate.evaluation.architecture
+        assert (
+            folder.config.space.build(candidate.genome) == candidate.architecture == candidate.evaluation.architecture
+        )
         assert candidate.outcome is candidate.evaluation.outcome
         expected = Outcome.NAN if candidate.architecture.id[0] in "012" else Outcome.OK
         assert candidate.outcome is expected
