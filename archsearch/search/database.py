@@ -47,7 +47,7 @@ def open_storage(path: Path) -> RDBStorage:
         return _storage(lambda: connect(path), new=False)
 
 
-def create_storage(path: Path, initialise: Callable[[RDBStorage], None]) -> None:
+def create_storage(path: Path, initialise: Callable[[RDBStorage], object]) -> None:
     """Make a study file that is either complete or absent, whenever the process dies.
 
     Raises:
@@ -76,11 +76,13 @@ def check_study_file(path: Path) -> None:
         with closing(connect(path)) as connection:
             problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            version = connection.execute("SELECT * FROM alembic_version").fetchall() if TABLES <= tables else []
+            version = connection.execute("SELECT * FROM alembic_version").fetchall() if tables >= TABLES else []
     except sqlite3.Error as error:
         raise _failed(path, str(error)) from error
     if problem != "ok":
-        raise StorageError(f"{path} is damaged: {' '.join(problem.split())}", "restore it from a copy of the run folder")
+        raise StorageError(
+            f"{path} is damaged: {' '.join(problem.split())}", "restore it from a copy of the run folder"
+        )
     if not version:
         raise StorageError(f"{path} is not the file of a study", "restore it from a copy of the run folder")
     if version != [(OPTUNA_TABLES,)]:

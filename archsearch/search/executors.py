@@ -23,6 +23,11 @@ class Executor(Protocol):
         """How many evaluations may be in flight."""
         ...
 
+    @property
+    def interruptible(self) -> bool:
+        """Whether a signal handler may raise inside ``wait``; one that waits much longer than told must say yes."""
+        ...
+
     def submit(self, key: int, architecture: Architecture, seed: int) -> None:
         """Start one evaluation. At most ``capacity`` are in flight, each under its own key."""
         ...
@@ -44,6 +49,7 @@ class InlineExecutor:
     """
 
     capacity = 1
+    interruptible = True
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator

@@ -10,9 +10,9 @@ from pathlib import Path
 from archsearch.errors import StorageError
 
 MOUNTS = Path("/proc/self/mounts")
-NETWORK = frozenset(
-    "nfs nfs4 cifs smb2 smb3 smbfs 9p afs ceph lustre gpfs beegfs glusterfs pvfs2 orangefs ocfs2 gfs2 panfs wekafs "
-    "fuse.sshfs fuse.glusterfs fuse.ceph fuse.s3fs fuse.gcsfuse fuse.rclone fuse.juicefs fuse.beegfs".split()
+NETWORK = re.compile(
+    r"nfs4?|cifs|smb\w*|9p|afs|ceph|lustre|gpfs|beegfs|glusterfs|pvfs2|orangefs|ocfs2|gfs2|panfs|wekafs|"
+    r"fuse\.(sshfs|glusterfs|ceph|s3fs|gcsfuse|rclone|juicefs|beegfs)"
 )
 """Types on which SQLite's locks or a rename may not mean what they mean on a local disk."""
 
@@ -36,7 +36,7 @@ def file_system(path: Path) -> str:
 
 def is_network(path: Path) -> bool:
     """Whether ``path`` lies on a network file system."""
-    return file_system(path) in NETWORK
+    return NETWORK.fullmatch(file_system(path)) is not None
 
 
 def refuse_network(path: Path) -> None:

@@ -63,6 +63,8 @@ class RunFolder:
             raise UsageError(f"{folder.path} is not a folder", "choose another --out") from None
         except OSError as error:
             raise StorageError(f"cannot create {folder.path}: {error.strerror}", "choose another --out") from error
+        if not (folder.path / "run.lock").exists():
+            folder._refuse_content()
         folder._acquire()
         folder._fill(config, environment)
         return folder
@@ -196,9 +198,7 @@ class RunFolder:
 
     def _fill(self, config: RunConfig, environment: Mapping[str, Any] | None) -> None:
         try:
-            if any(entry.name != "run.lock" for entry in self.path.iterdir()):
-                remedy = f"continue it with `archsearch resume {self.path}`, or choose another --out"
-                raise UsageError(f"{self.path} is not empty", remedy)
+            self._refuse_content()
             self.trials.mkdir()
             self.weights.mkdir()
             if environment is not None:
@@ -210,6 +210,14 @@ class RunFolder:
         except UsageError:
             self._release()
             raise
+
+    def _refuse_content(self) -> None:
+        # A lock file alone is what is left where a creation was killed.
+        if any(entry.name != "run.lock" for entry in self.path.iterdir()):
+            remedy = "choose another --out"
+            if self.config_path.exists():
+                remedy = f"continue it with `archsearch resume {self.path}`, or {remedy}"
+            raise UsageError(f"{self.path} is not empty", remedy)
 
 
 def _owner(record: str) -> str:

@@ -43,11 +43,15 @@ class Interrupts:
         return self._forced or (self._since is not None and time.monotonic() - self._since >= self._grace)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Where nothing is half done, so that Interrupted may be raised by a signal."""
+    def waiting(self, *, interruptible: bool) -> Iterator[None]:
+        """Around a wait in which nothing is half done.
+
+        Raises Interrupted before it where the search must end now, and inside it at such a signal
+        where it is ``interruptible``: where no foreign code is in between that an exception would upset.
+        """
         if self.forced:
             raise Interrupted
-        self._waiting = True
+        self._waiting = interruptible
         try:
             yield
         finally:

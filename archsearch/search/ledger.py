@@ -16,6 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from archsearch.config import RunConfig
@@ -80,6 +81,7 @@ class Ledger:
         if folder is not None:
             self._load(folder, config)
             self._file = StudyFile(folder.study_path, STUDY)
+        self._noted = self._notes()
 
     def _load(self, folder: RunFolder, config: RunConfig) -> None:
         storage = _open_storage(folder, config)
@@ -87,6 +89,8 @@ class Ledger:
             study_id = storage.get_study_id_from_name(STUDY)
             for key, value in storage.get_study_user_attrs(study_id).items():
                 self._memory.set_study_user_attr(self._study_id, key, value)
+            for key, value in storage.get_study_system_attrs(study_id).items():
+                self._memory.set_study_system_attr(self._study_id, key, value)
             for trial in storage.get_all_trials(study_id, deepcopy=False):
                 self._memory.create_new_trial(self._study_id, trial)
             storage.remove_session()
@@ -99,8 +103,8 @@ class Ledger:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The attributes of the study."""
-        return self.study.user_attrs
+        """The attributes of the study; not to be changed."""
+        return self._memory.get_study_user_attrs(self._study_id)
 
     def trial(self, number: int) -> FrozenTrial:
         """One trial; not to be changed."""
@@ -167,21 +171,27 @@ class Ledger:
 
     def _save(self, number: int) -> None:
         if self._file is not None:
-            self._file.save(self.trial(number))
+            notes = self._notes()
+            new = {key: value for key, value in notes.items() if self._noted.get(key) != value}
+            self._file.save(self.trial(number), new)
+            self._noted = notes
+
+    def _notes(self) -> dict[str, Any]:
+        """What samplers keep in the study, such as NSGA-II its parents."""
+        return dict(self._memory.get_study_system_attrs(self._study_id))
 
     def _tell(self, number: int, outcome: Outcome, values: Sequence[float] | None) -> None:
         self._set_attributes(number, {"outcome": str(outcome)})
-        if outcome is Outcome.OK:
-            self.study.tell(number, list(values or ()))
-        else:
-            # Not through the study, which refuses trials that someone queued and nobody started.
-            self._memory.set_trial_state_values(self._trial_id(number), TrialState.FAIL)
+        # Not through the study, whose answer is a deep copy, and which refuses trials that nobody started.
+        # It would also call the sampler's ``after_trial``; ours learn from the trials alone.
+        state = TrialState.COMPLETE if outcome is Outcome.OK else TrialState.FAIL
+        self._memory.set_trial_state_values(self._trial_id(number), state, values)
 
 
 def _new_study(storage: BaseStorage, config: RunConfig) -> optuna.Study:
-    names = list(config.search.objectives)
+    names: list[str] = list(config.search.objectives)
     sampler = optuna.samplers.RandomSampler(seed=config.search.seed)
-    directions = ["minimize"] * len(names)
+    directions = [StudyDirection.MINIMIZE] * len(names)
     study = optuna.create_study(storage=storage, study_name=STUDY, directions=directions, sampler=sampler)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -121,7 +121,7 @@ class Search:
         self._report()
         if not self._in_flight or time.monotonic() >= self._patience:
             return False
-        with self._interrupts.waiting():
+        with self._interrupts.waiting(interruptible=executor.interruptible):
             finished = executor.wait(POLL_SECONDS)
         for number, evaluation in finished:
             self._settle(executor, number, evaluation)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, LocalRayletDiedError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, LocalRayletDiedError, OutOfMemoryError, RayError
 
 from archsearch.architecture import Architecture
 from archsearch.config import ExecutionConfig
@@ -25,6 +25,7 @@ from archsearch.search.executors import Finished, evaluate_once, failed
 from archsearch.search.ray_cluster import Cluster, connect_ray, disconnect_ray
 
 START_SECONDS = 180.0
+LOST_SECONDS = 20.0
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -91,6 +92,9 @@ class RayExecutor:
             workers that do not start.
     """
 
+    # Ray turns an exception that is raised inside it into one of its own.
+    interruptible = False
+
     def __init__(self, config: ExecutionConfig, evaluator: Evaluator) -> None:
         self._config = config
         self._cluster = connect_ray(config)
@@ -101,7 +105,7 @@ class RayExecutor:
             raise
         options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
         self._make = ray.remote(Worker).options(**options, num_gpus=int(on_gpu)).remote
-        self._arguments = (ray.cloudpickle.dumps(evaluator), {} if on_gpu else CPU_ONLY)
+        self._arguments = (_pickled(evaluator), {} if on_gpu else CPU_ONLY)
         self._slots = [Slot() for _ in range(count)]
 
     @property
@@ -192,10 +196,10 @@ class RayExecutor:
             raise EnvironmentUnfit(f"Ray died on this machine: {_line(error)}", "then `archsearch resume`") from error
         if isinstance(error, OutOfMemoryError):
             outcome = Outcome.OOM
-        elif not isinstance(error, RayTaskError) and (isinstance(error, ActorUnavailableError) or _is_dead(slot.node)):
-            outcome = Outcome.NODE_LOST
+        elif isinstance(error, ActorUnavailableError):
+            outcome = Outcome.CRASH if _has_died(slot) else Outcome.NODE_LOST
         else:
-            outcome = Outcome.CRASH
+            outcome = Outcome.NODE_LOST if _is_dead(slot.node) else Outcome.CRASH
         return failed(job.architecture, outcome, str(error).strip(), seed=job.seed, seconds=_since(job))
 
     def _expire(self) -> Finished:
@@ -243,8 +247,24 @@ def plan_slots(config: ExecutionConfig, cluster: Cluster) -> tuple[int, bool]:
     return wanted, on_gpu
 
 
+def _has_died(slot: Slot) -> bool:
+    """Whether a worker that cannot be reached has crashed, on a node that lives on."""
+    try:
+        ray.get(slot.actor.hello.remote(), timeout=LOST_SECONDS)
+    except (ActorUnavailableError, GetTimeoutError):
+        return False
+    except RayError:
+        return not _is_dead(slot.node)
+    return False
+
+
 def _is_dead(node: str) -> bool:
-    return any(found["NodeID"] == node and not found["Alive"] for found in ray.nodes())
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return any(found["NodeID"] == node and not found["Alive"] for found in nodes)
+
+
+def _pickled(evaluator: Evaluator) -> bytes:
+    return bytes(ray.cloudpickle.dumps(evaluator))  # type: ignore[no-untyped-call]
 
 
 def _since(job: Job) -> float:

@@ -8,7 +8,8 @@ the trials' attributes, which the study stores with them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import optuna
@@ -42,14 +43,29 @@ def make_sampler(config: RunConfig) -> SamplerFor:
 
 
 def _aging(config: RunConfig) -> AgingEvolutionSampler:
-    aging = config.search.aging
-    return AgingEvolutionSampler(
-        config.space,
-        population_size=aging.population_size,
-        tournament_size=aging.tournament_size,
-        front_parents=aging.front_parents,
-        seed=config.search.seed,
-    )
+    """The paper's mode aims at the space's latency limit; the default mode uses what is known without measuring."""
+    search, settings = config.search, config.search.aging.model_dump()
+    if settings["mode"] == "paper" and "decode_latency" in search.objectives:
+        settings["latency_target"] = config.space.limits.decode_latency
+    cheap = _cheap(config)
+    return AgingEvolutionSampler(config.space, objectives=search.objectives, cheap=cheap, seed=search.seed, **settings)
+
+
+def _cheap(config: RunConfig) -> Callable[[Mapping[str, Any]], Mapping[str, float]] | None:
+    """The objectives that an architecture has before anything runs, if the search has such objectives."""
+    space, names = config.space, set(config.search.objectives) & {"parameters", "state_bytes"}
+    if not names:
+        return None
+
+    def cheap(genome: Mapping[str, Any]) -> Mapping[str, float]:
+        architecture = space.build(genome)
+        known = {
+            "parameters": float(architecture.parameters),
+            "state_bytes": float(architecture.state_bytes(space.limits.state_context)),
+        }
+        return {name: known[name] for name in names}
+
+    return cheap
 
 
 def _tpe(seed: int, config: RunConfig) -> BaseSampler:

@@ -67,7 +67,9 @@ def open_study(folder: RunFolder) -> optuna.Study:
         try:
             return optuna.load_study(study_name=STUDY, storage=storage)
         except KeyError:
-            raise StorageError(f"{folder.study_path} holds no study of archsearch", "give the folder of a run") from None
+            raise StorageError(
+                f"{folder.study_path} holds no study of archsearch", "give the folder of a run"
+            ) from None
 
 
 def candidates(study: optuna.Study, folder: RunFolder) -> list[Candidate]:

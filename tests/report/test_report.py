@@ -38,7 +38,7 @@ def test_report_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, object
     rows = list(csv.DictReader(paths[0].open()))
     assert [int(row["number"]) for row in rows] == [candidate.number for candidate in results.front]
     assert (11, 110, 153) in pixels(paths[1])
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["pareto.csv", "pareto.png", "r"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hypervolume.png", "pareto.csv", "pareto.png", "r"]
 
 
 def test_seeds_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
