@@ -54,12 +54,27 @@ def test_importance_finds_the_genes_that_matter() -> None:
     assert np.argsort(-shares)[:2].tolist() == [8, 2]
 
 
-def test_warp_is_undone() -> None:
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_warp_is_undone(logarithmic: bool) -> None:
     values = np.array([1.0, 2.0, 3.0, 5.0, 90.0])
-    warp = Warp(values)
+    warp = Warp(values, logarithmic=logarithmic)
     mean, std = warp.invert(warp.apply(values), np.full(5, 0.1))
     np.testing.assert_allclose(mean, values)
-    assert (np.diff(std) > 0).all()
+    step = 1e-6
+    slopes = (warp.apply(values + step) - warp.apply(values)) / step
+    np.testing.assert_allclose(std * slopes, 0.1, rtol=1e-4)
+    # Up to the same constant for both warps.
+    constant = len(values) * np.log(np.median(values) - values.min())
+    assert warp.log_slopes(values) - constant == pytest.approx(np.log(slopes).sum(), rel=1e-4)
+
+
+def test_sums_stay_as_they_are_and_products_are_taken_apart() -> None:
+    codes = GENES.random(np.random.default_rng(4), 60)
+    cost = np.array([0.3, 1.0, 2.0])[codes[:, :8]].sum(axis=1)
+    for values, logarithmic in ((cost, False), (np.exp(cost), True)):
+        model = Surrogate(GENES)
+        model.fit(codes, values)
+        assert model._warp.logarithmic is logarithmic
 
 
 @pytest.mark.parametrize("values", [np.ones(30), np.arange(3.0)])

@@ -1,0 +1,53 @@
+"""The first population: genomes that lie far apart and differ as wholes, not only gene by gene."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from archsearch.search.genes import Codes, Floats, Genes
+from archsearch.search.surrogate import features
+
+DRAWS = 64
+CONCENTRATION = 0.6
+
+
+def biased(genes: Genes, rng: np.random.Generator, rows: int) -> Codes:
+    """Genomes in which genes with the same choices share a taste, (rows, genes).
+
+    Uniform genes average out: a genome of twenty uniform layers is nearly always of middling size.
+    Here each genome draws the frequency of the choices first, for each group of alike genes, so
+    that small and large, pure and mixed genomes are all common.
+    """
+    codes = np.empty((rows, len(genes.names)), dtype=np.int64)
+    for columns in genes.groups:
+        size = int(genes.sizes[columns[0]])
+        alpha = CONCENTRATION if len(columns) > 1 else 1e6
+        bounds = np.cumsum(rng.dirichlet(np.full(size, alpha), size=rows), axis=1)[:, None, :]
+        draws = rng.random((rows, len(columns), 1))
+        codes[:, columns] = np.minimum((draws > bounds).sum(axis=2), size - 1)
+    return codes
+
+
+def mixed(genes: Genes, rng: np.random.Generator, rows: int) -> Codes:
+    """Uniform and biased genomes with even odds, (rows, genes)."""
+    return np.where(rng.random((rows, 1)) < 0.5, genes.random(rng, rows), biased(genes, rng, rows))
+
+
+def spread(genes: Genes, rng: np.random.Generator, known: Codes) -> Codes:
+    """Many genomes, the ones farthest from all known ones first, (rows, genes)."""
+    codes = mixed(genes, rng, DRAWS)
+    if len(known) == 0:
+        return codes
+    here, there = _profile(genes, codes), _profile(genes, known)
+    distances = np.linalg.norm(here[:, None] - there[None], axis=2).min(axis=1)
+    return codes[np.argsort(-distances, kind="stable")]
+
+
+def _profile(genes: Genes, codes: Codes) -> Floats:
+    """The genes, and beside them how often each choice occurs in each group of alike genes."""
+    parts = [features(genes, codes)]
+    for columns in genes.groups:
+        if len(columns) > 1:
+            choices = np.arange(genes.sizes[columns[0]])
+            parts.append((codes[:, columns, None] == choices).mean(axis=1))
+    return np.concatenate(parts, axis=1)

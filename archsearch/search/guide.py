@@ -1,0 +1,122 @@
+"""Guide: which offspring are worth an evaluation. Surrogates for what is expensive, exact values for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import ndtr
+
+from archsearch.search.acquisition import expected_improvement
+from archsearch.search.genes import Codes, Floats, Genes
+from archsearch.search.history import History
+from archsearch.search.pareto import front
+from archsearch.search.surrogate import Surrogate
+
+MOST_ROWS = 300  # results that a prediction is conditioned on
+MOST_PENDING = 256
+REFIT_GROWTH = 250  # results after which the models are refitted one result later
+REFIT_RUNNING = 8  # the same for trials that run
+MARGIN = 0.1  # of the reference point beyond the worst result, as a fraction of the range
+
+
+class Guide:
+    """Ranks candidates by their expected gain in hypervolume.
+
+    Holds fitted models only to save time; a new object ranks the same.
+
+    Args:
+        genes: of the space.
+    """
+
+    def __init__(self, genes: Genes) -> None:
+        self._genes = genes
+        self._models: dict[str, Surrogate] = {}
+
+    def gains(self, history: History, candidates: Codes, exact: Floats) -> Floats:
+        """Expected gain of each candidate.
+
+        Args:
+            history: what is known.
+            candidates: (c, genes).
+            exact: (c, m) objectives that are known beforehand, NaN elsewhere.
+
+        Returns:
+            (c,) gains in the units of the hypervolume.
+
+        Raises:
+            SurrogateUnfit: nothing can be learned from the history.
+        """
+        done = self._learned(history)
+        values = history.values[done]
+        mean, std = self._predict(history, done, candidates, exact)
+        reached = history.values[history.finished][history.violations[history.finished] <= 0]
+        low, high = values.min(axis=0), values.max(axis=0)
+        expected = self._pending(history, done)
+        points = np.concatenate([reached, expected])
+        gains = expected_improvement(points, high + MARGIN * (high - low), mean, std)
+        return gains * self._feasibility(history, done, candidates)
+
+    def importance(self, history: History) -> Floats:
+        """How much each gene matters, the mean over the objectives, (genes,), adding up to 1. Raises as ``gains``."""
+        done = self._learned(history)
+        shares = [self._fit(str(k), history, done, v).importance for k, v in enumerate(history.values[done].T)]
+        return np.asarray(np.mean(shares, axis=0))
+
+    def _learned(self, history: History) -> Codes:
+        """The finished rows to learn from; many are taken in at once where many are known or many run."""
+        rows = history.finished
+        stride = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
+        return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
+
+    def _fit(self, name: str, history: History, rows: Codes, values: Floats) -> Surrogate:
+        model = self._models.setdefault(name, Surrogate(self._genes))
+        model.fit(history.codes[rows], values, _conditioning(history.values[rows]))
+        return model
+
+    def _predict(self, history: History, done: Codes, candidates: Codes, exact: Floats) -> tuple[Floats, Floats]:
+        mean, std = exact.copy(), np.zeros(exact.shape)
+        for objective in np.flatnonzero(np.isnan(exact).any(axis=0)):
+            model = self._fit(str(objective), history, done, history.values[done, objective])
+            predicted, spread = model.predict(candidates)
+            unknown = np.isnan(exact[:, objective])
+            mean[unknown, objective], std[unknown, objective] = predicted[unknown], spread[unknown]
+        return mean, std
+
+    def _pending(self, history: History, done: Codes) -> Floats:
+        """What running trials are expected to give, so that their like is not proposed again beside them."""
+        rows = np.flatnonzero(history.running)[-MOST_PENDING:]
+        unknown = np.full((len(rows), history.values.shape[1]), np.nan)
+        if len(rows) == 0:
+            return unknown
+        return self._predict(history, done, history.codes[rows], unknown)[0]
+
+    def _feasibility(self, history: History, done: Codes, candidates: Codes) -> Floats:
+        """Probability of keeping the constraints that have been broken so far, (c,)."""
+        probability = np.ones(len(candidates))
+        for index, column in enumerate(history.constraints.T):
+            rows = done[np.isfinite(column[done])]
+            if (column[rows] > 0).any():
+                mean, std = self._fit(f"constraint {index}", history, rows, column[rows]).predict(candidates)
+                probability *= ndtr(-mean / np.maximum(std, 1e-12))
+        return probability
+
+
+def _conditioning(values: Floats) -> Codes:
+    """All rows of a short history; of a long one the front, the best of each objective and an even sample."""
+    if len(values) <= MOST_ROWS:
+        return np.arange(len(values))
+    best = [np.argsort(column, kind="stable")[: MOST_ROWS // 8] for column in values.T]
+    chosen = np.unique(np.concatenate([front(values)[: MOST_ROWS // 4], *best]))
+    others = np.setdiff1d(np.arange(len(values)), chosen)
+    even = np.linspace(0, len(others) - 1, MOST_ROWS - len(chosen)).astype(int)
+    return np.sort(np.concatenate([chosen, others[even]]))
+
+
+def exact_objectives(known: Sequence[dict[str, float]], objectives: Sequence[str], count: int) -> Floats:
+    """(candidates, ``count``) array of the objectives known beforehand, NaN for the others."""
+    array = np.full((len(known), count), np.nan)
+    for row, values in enumerate(known):
+        for index, name in enumerate(objectives[:count]):
+            array[row, index] = values.get(name, np.nan)
+    return array
