@@ -225,8 +225,17 @@ def scaling(
     from archsearch.commands.scaling import start
     from archsearch.config import load_config
 
-    words = {"depths": depths, "widths": widths, "budgets": budgets, "latencies": latencies}
-    return start(load_config(space, set_ or ()), out, **words, block=block, metric=metric, json=json)
+    return start(
+        load_config(space, set_ or ()),
+        out,
+        depths=depths,
+        widths=widths,
+        budgets=budgets,
+        block=block,
+        metric=metric,
+        latencies=latencies,
+        json=json,
+    )
 
 
 @app.command()

@@ -151,8 +151,8 @@ def main() -> None:
             found = result["models"][name] = measure_model(name, options.tokens, bandwidth)
             print(
                 f"{name:20} {found['ms']:.3f} ms a token, floor {found['floor_ms']:.3f} ms, "
-                f"{found['floor_fraction']:.0%}; {found['kernels_per_token']} kernels; 128: {found['contexts_ms'][128]:.3f} ms, "
-                f"32k: {found['contexts_ms'][32768]:.3f} ms",
+                f"{found['floor_fraction']:.0%}; {found['kernels_per_token']} kernels; "
+                f"128: {found['contexts_ms'][128]:.3f} ms, 32k: {found['contexts_ms'][32768]:.3f} ms",
                 flush=True,
             )
         for width in options.widths:

@@ -14,6 +14,7 @@ from torch import Tensor
 from archsearch.errors import UsageError
 from archsearch.model.hybrid import HybridLM
 
+
 class Runtime(Protocol):
     """What ``measure_decode`` times. On a GPU nothing here waits for the device but ``position``.
 

@@ -54,7 +54,7 @@ def connect_ray(config: ExecutionConfig) -> Cluster:
         _start(config)
     elif owned:
         _attach(str(config.address), config.allow_insecure_ray)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
     node = ray.get_runtime_context().get_node_id()
     return Cluster(node, int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), owned)
 

@@ -259,12 +259,12 @@ def _has_died(slot: Slot) -> bool:
 
 
 def _is_dead(node: str) -> bool:
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     return any(found["NodeID"] == node and not found["Alive"] for found in nodes)
 
 
 def _pickled(evaluator: Evaluator) -> bytes:
-    return bytes(ray.cloudpickle.dumps(evaluator))  # type: ignore[no-untyped-call]
+    return bytes(ray.cloudpickle.dumps(evaluator))
 
 
 def _since(job: Job) -> float:

@@ -158,17 +158,8 @@ def test_attend_kernel(query: int, kv: int, dim: int, slots: int, ring: bool, dt
         out, scratch = poisoned(batch, query * dim, dtype=dtype), attention_scratch(batch, heads, slots, keys.device)
         scratch["partial"].fill_(torch.nan)
         args = torch.randn(batch, (query + 2 * kv) * dim).to(dtype), norms, rotary, torch.tensor(here), keys, values
-        filled = torch.zeros_like(keys), torch.zeros_like(values)
-        agree(
-            lambda *a: (attend(*a), filled[0].copy_(a[4].nan_to_num(9.0)), filled[1].copy_(a[5].nan_to_num(9.0))),
-            lambda *a: (
-                attend_reference(*a),
-                filled[0].copy_(a[4].nan_to_num(9.0)),
-                filled[1].copy_(a[5].nan_to_num(9.0)),
-            ),
-            (*args, scratch, out, heads),
-            [out, *filled],
-        )
+        written = keys[:, :, : here + 1], values[:, :, : here + 1]
+        agree(attend, attend_reference, (*args, scratch, out, heads), [out, *written])
         assert not scratch["arrivals"].any()
 
 
@@ -189,7 +180,7 @@ def total(squares: Tensor) -> Tensor:
 
 @interpreted
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("heads", "k", "v", "taps"), [(2, 32, 32, 4), (3, 24, 48, 1), (1, 16, 8, 3)])
+@pytest.mark.parametrize(("heads", "k", "v", "taps"), [(2, 32, 32, 4), (2, 24, 20, 1), (1, 16, 8, 3)])
 def test_delta_kernel(heads: int, k: int, v: int, taps: int, gated: bool) -> None:
     batch, channels = 2, heads * (2 * k + v)
     state, output = torch.randn(batch, heads, v, k), outputs(batch, heads, v)
@@ -276,11 +267,12 @@ def poison(plan: DecodePlan) -> None:
 
 @interpreted
 def test_kernels_make_a_plan() -> None:
-    model = model_of("a gd m2 f", meta_tokens=2)
+    options = {"a": {"head_dim": 16, "kv_heads": 1}, "m2": {"head_dim": 16, "state": 16}, "f": {"multiple_of": 32}}
+    model = model_of("a m2 f", hidden_size=32, options=options, meta_tokens=2)
     plan = DecodePlan(model, 1, 6, TRITON)
     poison(plan)
     with torch.no_grad():
-        follow(model, plan, torch.randint(VOCABULARY, (1, 3)), 0)
+        follow(model, plan, torch.randint(VOCABULARY, (1, 2)), 0)
 
 
 plain = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
