@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--widths", nargs="*", type=int, default=[1024, 2048], help="of the operators; none to skip")
     parser.add_argument("--tokens", type=int, default=8192)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU")
     options.out.mkdir(parents=True, exist_ok=True)
     bandwidth = read_bandwidth(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e12:.2f} TB/s read", flush=True)

@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no design": {"design": False},
     "no ordinal": {"ordinal": False},
     "no adaptive": {"adaptive": False},
+    "no crossover": {"crossover": 0.0},
+    "all guided": {"unguided": 0.0},
     "population only": {"front_parents": 0.0},
     "front only": {"front_parents": 1.0},
     "64 candidates": {"candidates": 64},

@@ -192,6 +192,8 @@ def _check_fits(
     """Refuse before anything is allocated: weights, state, and the logits of a step and of the check."""
     state = architecture.state_bytes(config.tokens, batch=config.batch, width=dtype.itemsize)
     logits = (2 * config.batch + 2 * CHECKED_TOKENS) * architecture.vocab_size * 4
-    needed = state + logits + (architecture.parameters * dtype.itemsize if weights else 0)
+    # On a GPU the runtime keeps merged copies of the weights beside the model.
+    copies = int(weights) + int(device.type == "cuda")
+    needed = state + logits + copies * architecture.parameters * dtype.itemsize
     what = f"decoding {config.tokens} tokens at batch {config.batch} with {architecture.parameters:,} parameters"
     require_memory(device, needed, what)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from archsearch.errors import EnvironmentUnfit, UsageError
-from archsearch.model.hybrid import DecodeState, HybridLM
+from archsearch.model.hybrid import DecodeState, HybridLM, Residual
 from archsearch.model.kernels import TORCH, TRITON, Kernels
 from archsearch.model.kernels.chains import Chain, Workspace, build_chain
 from archsearch.model.kernels.projection import Norm, head_parts
@@ -55,7 +56,7 @@ class DecodePlan:
         self.hidden = embedding.new_zeros(batch, width)
         work = Workspace(kernels, batch, self.capacity, self.hidden, self.position)
         head = embedding if model.lm_head is None else model.lm_head.weight.detach()
-        self.chains = [build_chain(layer, work) for layer in model.layers]
+        self.chains = [build_chain(cast(Residual, layer), work) for layer in model.layers]
         self._start = model.begin(model.allocate_state(1, 1)) if self.meta else None
         self._end = self._ending(head, Norm(model.norm.eps, gain=model.norm.weight.detach()), kernels)
         self.begin()

@@ -200,7 +200,9 @@ class AgingEvolutionSampler(BaseSampler):
                 yield np.array(np.unravel_index(index, genes.sizes)), _parentless("random")
 
     def _first(self, genes: Genes, history: History, rng: np.random.Generator) -> Draws:
-        if self._settings.design and self._settings.mode == "default":
+        designed = self._settings.design and self._settings.mode == "default"
+        # Many workers ask long before the first result; past a population a design gains nothing.
+        if designed and len(history.numbers) < self._settings.population_size:
             for codes in spread(genes, rng, history.codes):
                 yield codes, _parentless("design")
         for _ in range(self._settings.max_tries):
@@ -225,8 +227,7 @@ class AgingEvolutionSampler(BaseSampler):
             self._guide = genes, Guide(genes)
         pool = breeding.pool(self._guide[1].importance(history))
         for row in self._ranked(self._guide[1], genes, history, pool):
-            child, parent = pool.codes[row], int(pool.parents[row])
-            yield child, breeding.lineage(child, parent, bool(pool.from_front[row]))
+            yield pool.codes[row], breeding.pool_lineage(pool, row)
 
     def _ranked(self, guide: Guide, genes: Genes, history: History, pool: Pool) -> list[int]:
         """Rows of the pool, the greatest expected gain first."""

@@ -38,7 +38,8 @@ class AgingSettings(Frozen):
     ordinal: bool = Field(True, description="genes that are ordered numbers move to a neighbour more often than far")
     adaptive: bool = Field(True, description="mutate genes more often that matter or have paid")
     surrogate: bool = Field(True, description="evaluate the offspring with the greatest expected gain in hypervolume")
-    unguided: float = Field(0.5, ge=0, le=1, description="fraction of offspring that no surrogate chooses, in the end")
+    unguided: float = Field(0.25, ge=0, le=1, description="fraction of offspring that no surrogate chooses, in the end")
+    crossover: float = Field(0.4, ge=0, le=1, description="fraction of candidates with genes of a second parent")
     candidates: int = Field(256, ge=1, le=10_000, description="offspring drawn for each one evaluated")
 
 
@@ -49,6 +50,7 @@ class Pool:
     codes: Codes
     parents: Codes
     from_front: NDArray[np.bool_]
+    crossed: NDArray[np.bool_]
 
 
 class Breeding:
@@ -123,12 +125,20 @@ class Breeding:
         parents = np.where(from_front, rng.choice(self.front, size), rng.choice(self.alive, size))
         changes = rng.geometric(1 - ONE_MORE, size)
         codes = self._genes.mutate(rng, self._history.codes[parents], changes, weights, near=self._near)
+        crossed = rng.random(size) < self._settings.crossover
+        mates = self._history.codes[rng.choice(self.front, size)]
+        codes = np.where(crossed[:, None] & (rng.random(codes.shape) < 0.5), mates, codes)
         fresh = rng.random(size) < FRESH
         codes[fresh], parents[fresh] = mixed(self._genes, rng, int(fresh.sum())), -1
         known = set(map(tuple, self._history.codes.tolist()))
         rows = {row: i for i, row in enumerate(map(tuple, codes.tolist())) if row not in known}
         chosen = np.array(list(rows.values()), dtype=np.int64)
-        return Pool(codes[chosen], parents[chosen], from_front[chosen])
+        return Pool(codes[chosen], parents[chosen], from_front[chosen], crossed[chosen])
+
+    def pool_lineage(self, pool: Pool, row: int) -> Lineage:
+        """Where a row of a pool came from."""
+        lineage = self.lineage(pool.codes[row], int(pool.parents[row]), bool(pool.from_front[row]))
+        return lineage | {"kind": "crossover"} if pool.crossed[row] and lineage["genes"] else lineage
 
     def lineage(self, child: Codes, parent: int, from_front: bool) -> Lineage:
         """What is to be known about an offspring; ``parent`` is a row of the history, -1 for none."""

@@ -61,10 +61,10 @@ def _seed() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="is what starts this process")
 def test_in_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    assert "." * 30 in done.stdout, "the tests of the kernels were skipped"
 
 
 def agree(

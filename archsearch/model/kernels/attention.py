@@ -152,6 +152,6 @@ def attend_reference(projected: Tensor, norms: tuple[Tensor, Tensor] | None, rot
     keys.index_copy_(2, slot[None], k[:, :, None].to(keys.dtype))
     values.index_copy_(2, slot[None], v[:, :, None].to(values.dtype))
     seen = torch.arange(slots, device=q.device) <= position
-    stored = (cache.masked_fill(~seen[:, None], 0).to(q.dtype) for cache in (keys, values))
-    o = F.scaled_dot_product_attention(q[:, :, None], *stored, attn_mask=seen[None], enable_gqa=True)
+    k, v = (cache.masked_fill(~seen[:, None], 0).to(q.dtype) for cache in (keys, values))
+    o = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen[None], enable_gqa=True)
     out.copy_(o.flatten(1))

@@ -137,8 +137,9 @@ def _attention(layer: Residual, work: Workspace) -> Chain:
     qkv = op.q_proj, op.k_proj, op.v_proj
     bias = None if op.q_proj.bias is None else torch.cat([p.bias.detach() for p in qkv])
     projected, launches = _projection(layer, work, _merged(*qkv), bias)
-    norms = None if op.q_norm is None else (op.q_norm.weight.detach(), op.k_norm.weight.detach())
-    eps = 0.0 if op.q_norm is None else op.q_norm.eps
+    norms, eps = None, 0.0
+    if op.q_norm is not None and op.k_norm is not None:
+        norms, eps = (op.q_norm.weight.detach(), op.k_norm.weight.detach()), op.q_norm.eps
     heads = Heads(op.heads, op.kv_heads, op.head_dim, eps, isinstance(op, layers.SlidingWindowAttention))
     slots, rotary = op.visible(work.capacity), work.rotary(op.head_dim, op.theta)
     state = {name: work.zeros(op.kv_heads, slots, op.head_dim).normal_() for name in ("k", "v")}
@@ -170,12 +171,12 @@ def _widened(weight: Tensor, heads: int, value_dim: int) -> Tensor:
 
 def _delta(layer: Residual, work: Workspace) -> Chain:
     op = cast(layers.DeltaNet, layer.op)
-    merged, gates = [op.q_proj, op.k_proj, op.v_proj, op.b_proj], None
+    merged, gates = [cast(nn.Linear, p) for p in (op.q_proj, op.k_proj, op.v_proj, op.b_proj)], None
     if isinstance(op, layers.GatedDeltaNet):
         merged += [op.a_proj, op.g_proj]
         gates = DeltaGates(-op.A_log.detach().float().exp(), op.dt_bias.detach().float())
     projected, launches = _projection(layer, work, _merged(*merged))
-    convolution = _ring(work, op.q_conv1d, op.k_conv1d, op.v_conv1d)
+    convolution = _ring(work, *(cast(ShortConvolution, c) for c in (op.q_conv1d, op.k_conv1d, op.v_conv1d)))
     state = work.zeros(op.heads, op.value_dim, op.key_dim, dtype=torch.float32)
     output = _read_out(work, op.heads, op.value_dim, op.o_norm.weight)
     launches.append(partial(work.kernels.delta, projected, convolution, gates, state, work.position, output))
