@@ -32,7 +32,8 @@ class History:
     ``values`` are signed so that all are minimised; NaN where a trial has none. ``finished`` holds
     the rows that may be parents, in the order in which they were completed. ``parents`` are rows, -1
     where the driver has recorded none. ``genomes`` are the different rows of ``codes``,
-    ``identities`` those of their architectures. All of it is good until the next is read.
+    ``identities`` those of their architectures. Two histories with the same ``source`` have the same
+    rows, as far as both go. All of it is good until the next is read.
     """
 
     numbers: Codes
@@ -44,6 +45,7 @@ class History:
     finished: Codes
     genomes: Set[Genome]
     identities: Set[str | None]
+    source: object
 
     @property
     def violations(self) -> Floats:
@@ -129,6 +131,7 @@ class _Known:
             finished=self._finished.rows,
             genomes=self._genomes,
             identities=self._identities,
+            source=self,
         )
 
     def take(self, trials: list[FrozenTrial]) -> bool:
