@@ -14,13 +14,14 @@ from archsearch.schema import Frozen
 from archsearch.search.design import mixed
 from archsearch.search.genes import Codes, Floats, Genes
 from archsearch.search.history import History
-from archsearch.search.pareto import crowding_distances, front, non_domination_ranks
+from archsearch.search.pareto import crowding_distances, non_domination_ranks
 
 Lineage = dict[str, Any]
 FRESH = 0.1  # share of a pool that has no parent
 ONE_MORE = 0.5  # probability that a pool's offspring differs in one more gene
 CROWD = 256  # running trials that take a share of the candidates away
 FEWEST_CANDIDATES = 32
+RECENT = 2000  # mutations that rates are taken from
 PRIOR = 4.0  # mutations of a gene that its rate starts from
 
 
@@ -74,14 +75,6 @@ class Breeding:
         return self._history.finished[-self._settings.population_size :]
 
     @cached_property
-    def front(self) -> NDArray[np.intp]:
-        """Rows of the Pareto front of all that break their constraints least."""
-        rows = self._history.finished
-        violations = self._history.violations[rows]
-        best = rows[violations == violations.min()]
-        return np.asarray(best[front(self._history.values[best])])
-
-    @cached_property
     def _fitness(self) -> tuple[NDArray[np.intp], Floats]:
         values, violations = self._history.values[self.alive], self._history.violations[self.alive]
         return non_domination_ranks(values, violations), crowding_distances(values)
@@ -111,7 +104,7 @@ class Breeding:
     def offspring(self, changes: int) -> tuple[Codes, Lineage]:
         """One offspring of a member of the front or of a tournament's winner."""
         from_front = bool(self._rng.random() < self._settings.front_parents)
-        parent = int(self._rng.choice(self.front)) if from_front else self.tournament()
+        parent = int(self._rng.choice(self._history.front)) if from_front else self.tournament()
         child = self.child(parent, changes)
         return child, self.lineage(child, parent, from_front)
 
@@ -124,11 +117,11 @@ class Breeding:
         weights = self.weights / self.weights.sum() + (importance if self._settings.adaptive else 0.0)
         size, rng = self._pool_size, self._rng
         from_front = rng.random(size) < self._settings.front_parents
-        parents = np.where(from_front, rng.choice(self.front, size), rng.choice(self.alive, size))
+        parents = np.where(from_front, rng.choice(self._history.front, size), rng.choice(self.alive, size))
         changes = rng.geometric(1 - ONE_MORE, size)
         codes = self._genes.mutate(rng, self._history.codes[parents], changes, weights, near=self._near)
         crossed = rng.random(size) < self._settings.crossover
-        mates = self._history.codes[rng.choice(self.front, size)]
+        mates = self._history.codes[rng.choice(self._history.front, size)]
         codes = np.where(crossed[:, None] & (rng.random(codes.shape) < 0.5), mates, codes)
         fresh = rng.random(size) < FRESH
         codes[fresh], parents[fresh] = mixed(self._genes, rng, int(fresh.sum())), -1
@@ -169,25 +162,25 @@ class Breeding:
         """Relative mutation rate of each gene, (genes,)."""
         if not self._settings.adaptive or self._settings.mode == "paper":
             return np.ones(len(self._genes.names))
-        return mutation_weights(self._history, self.front)
+        return mutation_weights(self._history)
 
 
-def mutation_weights(history: History, members: NDArray[np.intp]) -> Floats:
+def mutation_weights(history: History) -> Floats:
     """How often mutations of each gene have paid, smoothed, (genes,).
 
     A mutation has paid if the child is on the front now or dominates its parent.
 
     Args:
         history: with the parents that the driver recorded; without them all rates are equal.
-        members: rows of the front.
     """
     done = np.zeros(len(history.numbers), dtype=bool)
     done[history.finished] = True
     children = np.flatnonzero(done & (history.parents >= 0))
-    children = children[done[history.parents[children]]]
+    children = children[done[history.parents[children]]][-RECENT:]
     parents = history.parents[children]
     dominates = (history.values[children] <= history.values[parents]).all(axis=1)
-    paid = np.isin(children, members) | (dominates & (history.values[children] < history.values[parents]).any(axis=1))
+    dominates &= (history.values[children] < history.values[parents]).any(axis=1)
+    paid = np.isin(children, history.front) | dominates
     moved = history.codes[children] != history.codes[parents]
     share = paid.mean() if len(paid) else 0.0
     rate = (moved[paid].sum(axis=0) + PRIOR * share + 1e-3) / (moved.sum(axis=0) + PRIOR)

@@ -52,7 +52,7 @@ class Guide:
         done = self._learned(history)
         values = history.values[done]
         mean, std = self._predict(history, done, candidates, exact)
-        reached = history.values[history.finished][history.violations[history.finished] <= 0]
+        reached = history.values[history.front[history.violations[history.front] <= 0]]
         low, high = values.min(axis=0), values.max(axis=0)
         expected = self._pending(history, done)
         points = np.concatenate([reached, expected])

@@ -19,6 +19,7 @@ from archsearch.search.genes import Codes, Floats, Genes
 
 FEWEST = 5
 TUNED_ON = 128  # rows at most from which the kernel's parameters are found
+RANKED_ON = 1000  # rows at most from which the genes' importance is found
 TREES = 60
 LEAST_SCALE = 0.1  # of the gene that matters least, beside 1 for the one that matters most
 GROWTH = 1.3  # they are found again when there are so many times more rows
@@ -156,7 +157,9 @@ class Surrogate:
     def _tune(self, codes: Codes, values: Floats) -> tuple[Kernel, bool, Floats]:
         """The likeliest kernel and warp for these rows, or an even sample of them; the importance of the genes."""
         some = np.linspace(0, len(codes) - 1, min(len(codes), TUNED_ON)).astype(int)
-        self.importance = gene_importance(self._genes, codes, Warp(values, logarithmic=True).apply(values))
+        many = np.linspace(0, len(codes) - 1, min(len(codes), RANKED_ON)).astype(int)
+        bent = Warp(values, logarithmic=True).apply(values)
+        self.importance = gene_importance(self._genes, codes[many], bent[many])
         found = []
         for logarithmic in (False, True):
             warp = Warp(values, logarithmic=logarithmic)
