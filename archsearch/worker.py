@@ -9,7 +9,6 @@ import gc
 import json
 import math
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator

@@ -226,7 +226,7 @@ class _Training:
             group["lr"].fill_(learning_rate(self.config, index, self.steps))
         loss = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.diverged |= ~torch.isfinite(loss.detach())
