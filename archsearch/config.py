@@ -69,6 +69,7 @@ class ProxyConfig(Frozen):
     kernels: Literal["auto", "torch", "fla"] = Field(
         "auto", description="flash-linear-attention's on a GPU, the plain-torch reference on a CPU"
     )
+    cuda_graph: bool = Field(True, description="replay the whole step as one CUDA graph on a GPU")
 
     @model_validator(mode="after")
     def _phases_fit(self) -> ProxyConfig:

@@ -65,7 +65,7 @@ def test_evaluation_is_complete(tmp_path: Path) -> None:
     assert found.objectives["state_bytes"] == CANDIDATE.state_bytes(8192)
     assert [tokens for tokens, _ in found.curve] == [512, 1024]
     assert set(found.seconds) == {"import", "latency", "data", "build", "train", "validate", "save"}
-    assert found.paths == {"decode": "torch step", "a": "torch", "f": "torch"}
+    assert found.paths == {"decode": "torch step", "step": "eager", "loss": "torch", "a": "torch", "f": "torch"}
     assert found.metrics["notation"] == "a f"
     assert found.metrics["parameters"] == CANDIDATE.parameters
     assert found.metrics["proxy_tokens"] == 1024

@@ -136,8 +136,12 @@ class HybridLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to what ``hidden`` returns."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the head, [vocab, hidden]; the embedding's own where they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def allocate_state(
         self, batch: int, length: int, device: torch.device | None = None, dtype: torch.dtype | None = None
