@@ -60,6 +60,10 @@ class ProxyConfig(Frozen):
     cooldown: float = Field(0.2, gt=0, le=1, description="fraction of the steps that wsd decays over")
     final_rate: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
     weight_decay: float = Field(0.1, ge=0)
+    weight_normalization: bool = Field(
+        False,
+        description="unit rows and columns after each step; the paper adds weight_decay 0, rate 1e-3",
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")

@@ -10,56 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from archsearch.proxy.kernels import softmax_gradient_
 
 MAX_LOGITS = 2**26
 """Logits in memory at once: 128 MiB in bf16."""
-
-MAX_BLOCK = 8192
-
-
-@triton.jit
-def _softmax_gradient(logits, targets, losses, scale, V, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-    """The loss of one row of ``logits`` [N, V]; with GRADIENT, ``scale`` times its gradient replaces the row."""
-    row = tl.program_id(0).to(tl.int64)
-    base = logits + row * V
-    target = tl.load(targets + row)
-    # read before the sums below, whose barriers keep every write behind this
-    wanted = tl.load(base + target).to(tl.float32)
-    highest, total = -float("inf"), 0.0
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(base + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-        above = tl.maximum(highest, tl.max(x, 0))
-        total = total * tl.exp(highest - above) + tl.sum(tl.exp(x - above), 0)
-        highest = above
-    log_sum = highest + tl.log(total)
-    tl.store(losses + row, log_sum - wanted)
-    if GRADIENT:
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(base + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-            gradient = scale * (tl.exp(x - log_sum) - tl.where(columns == target, 1.0, 0.0))
-            tl.store(base + columns, gradient.to(logits.dtype.element_ty), mask=columns < V)
-
-
-def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, gradient: bool) -> Tensor:
-    """Cross-entropy of each row, fp32 [N].
-
-    Args:
-        logits: [N, V], contiguous; with ``gradient`` replaced by ``scale`` times its own gradient.
-        targets: [N].
-        scale: of the gradient.
-        gradient: whether to write it.
-    """
-    losses = torch.empty(len(logits), device=logits.device, dtype=torch.float32)
-    size = logits.shape[1]
-    block = min(triton.next_power_of_2(size), MAX_BLOCK)
-    options = {"num_warps": 4 if block <= 2048 else 8}
-    _softmax_gradient[(len(logits),)](logits, targets, losses, scale, size, GRADIENT=gradient, BLOCK=block, **options)
-    return losses
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -16,6 +16,7 @@ from archsearch.config import ProxyConfig
 from archsearch.model.hybrid import HybridLM
 from archsearch.proxy.loss import token_loss
 from archsearch.proxy.optimizer import make_optimizer
+from archsearch.proxy.weight_norm import WeightNormalization
 
 EAGER_STEPS = 3
 """Steps before the capture: kernels tune themselves in the first, and the allocator settles in the others."""
@@ -33,6 +34,8 @@ class TrainingStep:
     def __init__(self, model: HybridLM, config: ProxyConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.config, self.dtype, self.device = model, config, dtype, device
         self.optimizer = make_optimizer(model, config)
+        self.normalize = WeightNormalization(model) if config.weight_normalization else lambda: None
+        self.normalize()
         self.windows = torch.zeros(config.batch, config.context + 1, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)
@@ -67,6 +70,7 @@ class TrainingStep:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip, foreach=True)
         self.optimizer.step()
+        self.normalize()
         self.loss.copy_(loss.detach())
         self.diverged.logical_or_(~torch.isfinite(self.loss))
 
