@@ -29,6 +29,11 @@ def token_loss(model: HybridLM, hidden: Tensor, targets: Tensor, max_logits: int
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     if torch.is_autocast_enabled("cuda") and hidden.is_cuda:
         return _fused(model, rows, wanted)
+    return checkpointed_loss(model, rows, wanted, max_logits)
+
+
+def checkpointed_loss(model: HybridLM, rows: Tensor, wanted: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
+    """``token_loss`` in plain torch; ``rows`` [N, hidden], ``wanted`` [N]."""
     if len(wanted) * model.architecture.vocab_size <= max_logits:
         return _total(model, rows, wanted) / len(wanted)
     size = max(max_logits // model.architecture.vocab_size, 1)
