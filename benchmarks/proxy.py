@@ -1,7 +1,7 @@
 """Training throughput of whole models on a GPU: ours and flash-linear-attention's equivalent, in one run.
 
 Two hybrids of DeltaNet, attention and FFN: 12 operators at d 512 (29 M parameters), and 40 operators at d 1024
-(306 M). A step is forward, backward, clipping and fused AdamW on random tokens, in bf16 with fp32 weights.
+(340 M). A step is forward, backward, clipping and fused AdamW on random tokens, in bf16 with fp32 weights.
 flash-linear-attention's models are trained in a plain eager loop, as its users do, with its fused norm, SwiGLU
 and cross-entropy; flash-attn is not needed, its attention runs through torch's.
 
