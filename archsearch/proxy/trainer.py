@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -87,6 +87,7 @@ def train_proxy(
     rungs: Sequence[int] = (),
     keep_going: KeepGoing | None = None,
     checkpoint: Path | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> ProxyResult:
     """Train ``architecture`` from scratch for ``config.tokens`` tokens, rounded up to whole steps.
 
@@ -106,6 +107,7 @@ def train_proxy(
             training that goes on from a checkpoint is asked at that rung again.
         checkpoint: file that is written at each rung, before the question. If it exists, the training goes
             on from there.
+        seconds: where to add the seconds of each phase as they pass, so that they outlive a failure.
 
     Raises:
         ConfigError: the data is missing or does not fit the vocabulary or the context.
@@ -113,7 +115,7 @@ def train_proxy(
         UnfitCheckpoint: the checkpoint is damaged or another training's.
         StorageError: the checkpoint cannot be written.
     """
-    clock = _Clock()
+    clock = _Clock({} if seconds is None else seconds)
     training = _Training(architecture, config, seed, torch.device(device), clock)
     resumed = training.restore(checkpoint) if checkpoint is not None else 0
     ladder = {steps: rung for rung in rungs if (steps := training.steps_for(rung)) < training.steps}
@@ -136,7 +138,7 @@ def train_proxy(
 class _Clock:
     """Adds up the wall-clock seconds of each phase."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
