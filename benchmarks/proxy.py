@@ -100,7 +100,7 @@ def ours(case: Case, **recipe: Any) -> tuple[Step, int]:
     config = ProxyConfig(batch=case.batch, context=CONTEXT, **recipe)
     model = build_model(case.architecture, 0, "cuda").use(config.kernels)
     step = TrainingStep(model, config, torch.bfloat16, torch.device("cuda"))
-    batch = windows(case).numpy()
+    batch = windows(case).pin_memory()
     return lambda: step(batch, 1e-4), case.architecture.parameters
 
 

@@ -128,8 +128,13 @@ class HybridLM(nn.Module):
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads: [B, T, hidden] after the final norm, without the meta tokens."""
+        """What the head reads: [B, T, hidden] after the final norm, without the meta tokens.
+
+        Under autocast the residual stream is of its type: what moves memory is most of a small model's step.
+        """
         x = self._embed(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x)
         return self.norm(x[:, self.n_meta :])

@@ -7,8 +7,6 @@ like all others, so that a capture costs no more than one of them.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +48,9 @@ class TrainingStep:
             return self._graph is not None
         return self.device.type == "cpu" or self._taken >= EAGER_STEPS
 
-    def __call__(self, batch: npt.NDArray[np.int64], rate: float) -> Tensor:
-        """Train on one batch of windows [B, context + 1] at learning rate ``rate``; gives ``loss``."""
-        self.windows.copy_(upload(batch, self.device), non_blocking=True)
+    def __call__(self, windows: Tensor, rate: float) -> Tensor:
+        """Train on one batch of windows [B, context + 1], int64, at learning rate ``rate``; gives ``loss``."""
+        self.windows.copy_(windows, non_blocking=True)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(rate)
         if self.path == "eager":
@@ -94,9 +92,3 @@ def mean_loss(model: HybridLM, windows: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean loss of windows [B, context + 1] with matrix products in ``dtype``, nats a token."""
     with torch.autocast(windows.device.type, dtype=dtype, enabled=dtype is not torch.float32):
         return token_loss(model, model.hidden(windows[:, :-1]), windows[:, 1:])
-
-
-def upload(batch: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """The batch in memory from which the copy to ``device`` does not hold up the host."""
-    windows = torch.from_numpy(batch)
-    return windows.pin_memory() if device.type == "cuda" else windows

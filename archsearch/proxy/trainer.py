@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ from archsearch.proxy.data import Windows, load_corpus, validation_windows
 from archsearch.proxy.loss import loss_path
 from archsearch.proxy.optimizer import moments, set_step
 from archsearch.proxy.schedule import learning_rate, validation_steps
-from archsearch.proxy.step import TrainingStep, mean_loss, upload
+from archsearch.proxy.step import TrainingStep, mean_loss
 
 OnProgress = Callable[[int, float], None]
 KeepGoing = Callable[[int, float], bool]
@@ -215,8 +217,8 @@ class _Training:
         for index in range(self.done, stop):
             phase = "train" if self.step.settled else "compile"
             with self.clock(phase):
-                batch = self.windows.batch(index * size, size)
-                loss = self.step(batch, learning_rate(self.config, index, self.steps))
+                windows = self.upload(self.windows.batch(index * size, size))
+                loss = self.step(windows, learning_rate(self.config, index, self.steps))
                 if (index + 1) % self.every == 0 or index + 1 == stop or phase == "compile":
                     self.check(index + 1)
             self.timed_tokens += self.tokens(1) if phase == "train" else 0
@@ -243,9 +245,14 @@ class _Training:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(self.held_out), self.config.batch):
             batch = self.held_out[first : first + self.config.batch]
-            windows = upload(batch, self.device).to(self.device, non_blocking=True)
+            windows = self.upload(batch).to(self.device, non_blocking=True)
             total += mean_loss(self.model, windows, self.dtype).double() * len(batch)
         return total.item() / len(self.held_out)
+
+    def upload(self, batch: npt.NDArray[np.int64]) -> Tensor:
+        """The batch in memory from which the copy to the device does not hold up the host."""
+        windows = torch.from_numpy(batch)
+        return windows.pin_memory() if self.device.type == "cuda" else windows
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: weights and moments, themselves, not copies."""

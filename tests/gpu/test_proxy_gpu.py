@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -75,7 +74,7 @@ def test_weight_normalization_in_the_graph(kind: str) -> None:
 def test_divergence_is_caught_in_the_graph() -> None:
     model = build_model(make_architecture(hidden_size=128, vocab_size=256, operators="a f"), 0, "cuda")
     step = TrainingStep(model, ProxyConfig(batch=4, context=64), torch.bfloat16, torch.device("cuda"))
-    batch = np.arange(4 * 65).reshape(4, 65) % 256
+    batch = torch.arange(4 * 65).view(4, 65) % 256
     for _ in range(6):
         step(batch, 1e-3)
     assert step.settled
