@@ -177,6 +177,26 @@ def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
     }
 
 
+def profile(case: Case, name: str) -> None:
+    """Print which kernels a step spends its time in."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    step, _ = variants(case)[name]()
+    for _ in range(6):
+        step()
+    torch.cuda.synchronize()
+    with record(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(5):
+            step()
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    total = sum(kernel.self_device_time_total for kernel in kernels) / 5e3
+    print(f"{case.name}, {name}: {total:.2f} ms of kernels a step, {sum(k.count for k in kernels) // 5} of them")
+    for kernel in kernels[:40]:
+        print(f"{kernel.self_device_time_total / 5e3:8.3f} ms {kernel.count // 5:5} x {kernel.key[:100]}", flush=True)
+
+
 def losses(case: Case) -> dict[str, Any]:
     """Head and cross-entropy alone, forward and backward: ms and MiB of ours, of its torch twin, and of fla's."""
     from fla.modules import FusedLinearCrossEntropyLoss
@@ -228,6 +248,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of implementations")
     parser.add_argument("--seconds", type=float, default=1.5, help="timed seconds a row")
     parser.add_argument("--warm", action="store_true", help="one step of everything, nothing timed")
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes, nothing else")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows, heads = [], {}
@@ -235,6 +256,9 @@ def main() -> None:
         for name in args.only or variants(case):
             gc.collect()
             torch.cuda.empty_cache()
+            if args.profile:
+                profile(case, name)
+                continue
             if args.warm:
                 begin = time.perf_counter()
                 variants(case)[name]()[0]()
@@ -243,7 +267,7 @@ def main() -> None:
                 continue
             rows.append(measure(case, name, args.seconds))
             show(rows[-1])
-        if not args.warm and not args.only:
+        if not (args.warm or args.profile or args.only):
             heads[case.name] = losses(case)
         if args.json:
             versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
