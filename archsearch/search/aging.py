@@ -109,6 +109,7 @@ class AgingEvolutionSampler(BaseSampler):
         self._check_paper()
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._reader = HistoryReader(self._identity)
+        self._genes: Genes | None = None
         self._guide: tuple[Genes, Guide] | None = None
         self._identities: dict[tuple[int, ...], str | None] = {}
         self._lineage: dict[int, Lineage] = {}
@@ -152,7 +153,7 @@ class AgingEvolutionSampler(BaseSampler):
         params = {n: self.sample_independent(study, trial, n, d) for n, d in others.items()}
         if not choices:
             return params
-        genes = Genes.of(choices)
+        genes = self._genes = _same(Genes.of(choices), self._genes)
         history = self._reader.read(study, genes, trial.number)
         rng = np.random.default_rng([self._seed, len(history.numbers)])
         with one_thread():
@@ -300,6 +301,11 @@ class AgingEvolutionSampler(BaseSampler):
             if feasible and self._latency(genes, codes) <= target:
                 break
         return codes
+
+
+def _same(genes: Genes, before: Genes | None) -> Genes:
+    """``before``, which knows what it has computed, where it is the same."""
+    return before if genes == before and before is not None else genes
 
 
 def _parentless(kind: str) -> Lineage:

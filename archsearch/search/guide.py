@@ -68,7 +68,9 @@ class Guide:
     def _learned(self, history: History) -> Codes:
         """The finished rows to learn from; many are taken in at once where many are known or many run."""
         rows = history.learned
-        stride = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
+        wanted = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
+        # A power of two: as the number of running trials goes up and down, the same rows are learned from.
+        stride = 1 << (wanted.bit_length() - 1)
         return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
 
     def _fit(self, name: str, history: History, rows: Codes, values: Floats) -> Surrogate:
