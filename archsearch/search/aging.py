@@ -107,7 +107,7 @@ class AgingEvolutionSampler(BaseSampler):
         self._cheap = cheap
         self._check_paper()
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._reader = HistoryReader()
+        self._reader = HistoryReader(self._identity)
         self._guide: tuple[Genes, Guide] | None = None
         self._identities: dict[tuple[int, ...], str | None] = {}
         self._lineage: dict[int, Lineage] = {}
@@ -163,8 +163,8 @@ class AgingEvolutionSampler(BaseSampler):
     # What is proposed: the first draw that is new and feasible
 
     def _propose(self, genes: Genes, history: History, rng: np.random.Generator) -> tuple[Codes, Lineage]:
-        known = {self._identity(genes, row) for row in map(tuple, history.codes.tolist())}
-        left = len(np.unique(history.codes, axis=0)) < genes.count
+        known = history.identities
+        left = len(history.genomes) < genes.count
         for codes, lineage in self._draws(genes, history, rng) if left else ():
             identity = self._identity(genes, tuple(codes.tolist()))
             if identity is not None and identity not in known:

@@ -130,7 +130,7 @@ class Breeding:
         codes = np.where(crossed[:, None] & (rng.random(codes.shape) < 0.5), mates, codes)
         fresh = rng.random(size) < FRESH
         codes[fresh], parents[fresh] = mixed(self._genes, rng, int(fresh.sum())), -1
-        known = set(map(tuple, self._history.codes.tolist()))
+        known = self._history.genomes
         rows = {row: i for i, row in enumerate(map(tuple, codes.tolist())) if row not in known}
         chosen = np.array(list(rows.values()), dtype=np.int64)
         return Pool(codes[chosen], parents[chosen], from_front[chosen], crossed[chosen])
