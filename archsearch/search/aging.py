@@ -20,6 +20,7 @@ from archsearch.search.genes import Choice, Codes, Floats, Genes
 from archsearch.search.guide import Guide, exact_objectives
 from archsearch.search.history import History, HistoryReader
 from archsearch.search.surrogate import SurrogateUnfit
+from archsearch.search.threads import one_thread
 
 Cheap = Callable[[Mapping[str, Any]], Mapping[str, float]]
 Draws = Iterator[tuple[Codes, Lineage]]
@@ -154,7 +155,8 @@ class AgingEvolutionSampler(BaseSampler):
         genes = Genes.of(choices)
         history = self._reader.read(study, genes, trial.number)
         rng = np.random.default_rng([self._seed, len(history.numbers)])
-        codes, lineage = self._propose(genes, history, rng)
+        with one_thread():
+            codes, lineage = self._propose(genes, history, rng)
         self._lineage[trial.number] = lineage
         if len(self._lineage) > REMEMBERED:
             del self._lineage[next(iter(self._lineage))]

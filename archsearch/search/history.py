@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from archsearch.search.genes import Codes, Floats, Genes
 
 LINEAGE = "lineage"  # user attribute of a trial, written by the driver
+EXPECTED = "expected"  # of a stopped one: the objectives that it would likely have had
 FEWEST_ROWS = 64  # room in a column that is new
 
 Genome = tuple[int, ...]
@@ -30,9 +31,11 @@ class History:
     """The trials before a proposal whose genome is complete, in the order of their number.
 
     ``values`` are signed so that all are minimised; NaN where a trial has none. ``finished`` holds
-    the rows that may be parents, in the order in which they were completed. ``parents`` are rows, -1
-    where the driver has recorded none. ``genomes`` are the different rows of ``codes``,
-    ``identities`` those of their architectures. All of it is good until the next is read.
+    the rows that may be parents, in the order in which they were completed; ``learned`` holds them and
+    the stopped ones, whose ``values`` are what was expected of them: no parents, but a lesson.
+    ``parents`` are rows, -1 where the driver has recorded none. ``genomes`` are the different rows of
+    ``codes``, ``identities`` those of their architectures. Two histories with the same ``source`` have
+    the same rows, as far as both go. All of it is good until the next is read.
     """
 
     numbers: Codes
@@ -42,8 +45,10 @@ class History:
     constraints: Floats
     running: NDArray[np.bool_]
     finished: Codes
+    learned: Codes
     genomes: Set[Genome]
     identities: Set[str | None]
+    source: object
 
     @property
     def violations(self) -> Floats:
@@ -113,7 +118,8 @@ class _Known:
         self._running = _Column(np.bool_)
         self._constraints: dict[str, dict[int, float]] = {}
         self._ended: list[tuple[datetime, int]] = []
-        self._finished = _Column(np.int64)
+        self._finished, self._learned = _Column(np.int64), _Column(np.int64)
+        self._stopped: set[int] = set()
         self._genomes: set[Genome] = set()
         self._identities: set[str | None] = set()
 
@@ -127,8 +133,10 @@ class _Known:
             constraints=self._constraint_columns(),
             running=self._running.rows,
             finished=self._finished.rows,
+            learned=self._learned.rows,
             genomes=self._genomes,
             identities=self._identities,
+            source=self,
         )
 
     def take(self, trials: list[FrozenTrial]) -> bool:
@@ -140,8 +148,9 @@ class _Known:
             trial = trials[number]
             if not self._enter(trial, number):
                 return False
-            if number in self._row_of and _is_result(trial):
-                ended.append((trial.datetime_complete or datetime.min, self._row_of[number]))
+            row = self._row_of.get(number)
+            if row is not None and trial.datetime_complete and np.isfinite(self._values.rows[row]).all():
+                ended.append((trial.datetime_complete, row))
         self._trials = trials
         self._order(sorted(ended))
         return True
@@ -180,21 +189,26 @@ class _Known:
     def _set(self, row: int, trial: FrozenTrial) -> None:
         parent = trial.user_attrs.get(LINEAGE, {}).get("parent")
         self._parents.rows[row] = -1 if parent is None else self._row_of.get(parent, -1)
-        values = trial.values if trial.state == TrialState.COMPLETE else None
-        self._values.rows[row] = np.nan if values is None else self._signs * values
+        stopped = trial.state == TrialState.PRUNED
+        values = trial.user_attrs.get(EXPECTED) if stopped else trial.values
+        known = trial.state.is_finished() and values is not None
+        self._values.rows[row] = self._signs * values if known else np.nan
+        if stopped:
+            self._stopped.add(row)
         self._running.rows[row] = not trial.state.is_finished()
         for name, value in trial.constraints.items():
             self._constraints.setdefault(name, {})[row] = value
 
     def _order(self, ended: list[tuple[datetime, int]]) -> None:
-        """Bring the finished rows into the order of their ends."""
+        """Bring the rows that taught something into the order of their ends."""
         late = bool(self._ended and ended and ended[0] < self._ended[-1])
         for key in ended:
             bisect.insort(self._ended, key)
-            self._finished.append(key[1])
         if late:
-            self._finished = _Column(np.int64)
-            for _, row in self._ended:
+            self._finished, self._learned = _Column(np.int64), _Column(np.int64)
+        for _, row in self._ended if late else ended:
+            self._learned.append(row)
+            if row not in self._stopped:
                 self._finished.append(row)
 
     def _constraint_columns(self) -> Floats:
@@ -204,8 +218,3 @@ class _Known:
             found = self._constraints[name]
             column[list(found)] = list(found.values())
         return columns
-
-
-def _is_result(trial: FrozenTrial) -> bool:
-    """Whether a trial can be a parent."""
-    return trial.state == TrialState.COMPLETE and trial.values is not None and bool(np.isfinite(trial.values).all())

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from archsearch.search.aging import AgingEvolutionSampler, GeneSpace
 from archsearch.search.genes import Genes
-from archsearch.search.history import LINEAGE, History, HistoryReader
+from archsearch.search.history import EXPECTED, LINEAGE, History, HistoryReader
 
 CHOICES = {"op": ("a", "d", "f"), "width": (1, 2, 4, 8)}
 GENES = Genes.of(CHOICES)
@@ -37,7 +37,7 @@ def ask(study: optuna.Study, names: tuple[str, ...] = ("op", "width")) -> optuna
 def check(reader: HistoryReader, study: optuna.Study, before: int = EVERYTHING) -> History:
     """Read by one that has read before, and by a new one."""
     found, expected = reader.read(study, GENES, before), HistoryReader(identify).read(study, GENES, before)
-    for name in History.__slots__:
+    for name in set(History.__slots__) - {"source"}:
         np.testing.assert_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     return found
 
@@ -85,8 +85,10 @@ def test_reading_in_steps_equals_reading_at_once(seed: int) -> None:
 
     def end() -> None:
         trial = running.pop(int(rng.integers(len(running))))
-        if rng.random() < 0.2:
-            study.tell(trial, state=TrialState.FAIL)
+        if rng.random() < 0.3:
+            if rng.random() < 0.5:
+                trial.set_user_attr(EXPECTED, [float(rng.normal()), 1.0])
+            study.tell(trial, state=TrialState.FAIL if rng.random() < 0.5 else TrialState.PRUNED)
         else:
             study.tell(trial, [float(rng.normal()), float("inf") if rng.random() < 0.2 else 1.0])
 
@@ -99,6 +101,18 @@ def test_reading_in_steps_equals_reading_at_once(seed: int) -> None:
     assert len(check(reader, study).numbers) > 16
     check(reader, study, before=7)
     check(reader, study)
+
+
+def test_a_stopped_trial_teaches_but_is_no_parent() -> None:
+    study = new_study()
+    stopped, unknown, whole = [ask(study) for _ in range(3)]
+    stopped.set_user_attr(EXPECTED, [5.0, 6.0])
+    study.tell(stopped, state=TrialState.PRUNED)
+    study.tell(unknown, state=TrialState.PRUNED)
+    study.tell(whole, [1.0, 2.0])
+    history = check(HistoryReader(identify), study)
+    assert (history.finished.tolist(), history.learned.tolist()) == ([2], [0, 2])
+    np.testing.assert_array_equal(history.values, [[5.0, -6.0], [np.nan, np.nan], [1.0, -2.0]])
 
 
 def test_the_columns_grow() -> None:
