@@ -137,8 +137,7 @@ def test_formulas_are_spaces_of_26_genes_with_a_known_front(name: str) -> None:
         if identity is not None:
             points.append(problem.objectives(problem.space.build(genome)))
             assert problem.objectives(problem.space.build(genome)) == points[-1]
-    low, high = problem.bounds
-    # Bounds hold up to what no survey of 2.5e14 genomes can see.
-    assert (np.array(points) > low - 0.05 * (high - low)).all()
-    assert (np.array(points) < high + 0.2 * (high - low)).all()
-    assert 0.5 < coverage(problem, points)[-1] < 0.97
+    low, _ = problem.bounds
+    # No survey of 4.5e13 genomes is complete.
+    assert (np.array(points) > 0.98 * low).all()
+    assert 0.6 < coverage(problem, points)[-1] < 0.96
