@@ -18,12 +18,22 @@ Objective = Literal["loss", "decode_latency", "parameters", "state_bytes"]
 
 
 class AgingConfig(Frozen):
-    """Ageing evolution (Real et al. 2019; Nemotron-Flash, Algorithm 1, is ``mode: paper``)."""
+    """Ageing evolution (Real et al. 2019). ``mode: paper`` is Nemotron-Flash's Algorithm 1: the first block alone."""
 
     mode: Literal["default", "paper"] = "default"
-    population_size: int = Field(20, ge=2)
-    tournament_size: int = Field(5, ge=1)
+    population_size: int = Field(20, ge=2, description="trials that count as alive, the last to be completed")
+    tournament_size: int = Field(5, ge=1, description="members drawn for a tournament")
+    max_tries: int = Field(2000, ge=1, description="draws that may fail to give a new, feasible architecture")
+
     front_parents: float = Field(0.5, ge=0, le=1, description="fraction of parents drawn from the Pareto front")
+    design: bool = Field(True, description="spread the first population instead of drawing it at random")
+    ordinal: bool = Field(True, description="genes that are ordered numbers move to a neighbour more often than far")
+    adaptive: bool = Field(True, description="mutate genes more often that matter or have paid")
+    surrogate: bool = Field(True, description="evaluate the offspring with the greatest expected gain in hypervolume")
+    descriptors: bool = Field(True, description="surrogates know sizes and counts of an architecture beside its genes")
+    unguided: float = Field(0.25, ge=0, le=1, description="fraction of offspring that no surrogate chooses, in the end")
+    crossover: float = Field(0.4, ge=0, le=1, description="fraction of candidates with genes of a second parent")
+    candidates: int = Field(256, ge=1, le=10_000, description="offspring drawn for each one evaluated")
 
 
 class SearchConfig(Frozen):

@@ -34,7 +34,7 @@ from archsearch.files import to_json, write_atomic
 from archsearch.search.ledger import Ledger
 from archsearch.search.loop import Search
 from archsearch.search.pareto import front, hypervolume
-from benchmarks.search import Table, TableEvaluator, TableSpace, load_table
+from benchmarks.tables import ProblemEvaluator, Table, load_table
 from benchmarks.virtual_cluster import VirtualCluster, Workload
 
 QUALITY = {"a": 0.00, "w": 0.03, "d": -0.02, "gd": -0.03, "gl": 0.01, "m2": -0.01}
@@ -121,7 +121,7 @@ def make_config(options: argparse.Namespace, table: Table | None, evaluations: i
     search = {"evaluations": evaluations, "sampler": options.sampler, "seed": options.seed}
     if table is not None:
         count = min(evaluations, len(table.rows))
-        data = {"space": TableSpace.of(table), "search": search | {"evaluations": count}}
+        data = {"space": table.space, "search": search | {"evaluations": count}}
         return RunConfig.model_validate(data)
     return load_config(options.space, [f"search.{name}={value}" for name, value in search.items()])
 
@@ -143,12 +143,12 @@ def run(options: argparse.Namespace) -> list[Result]:
     print(HEADER, flush=True)
     done = []
     for workers, config in zip(fleet, configs, strict=True):
-        evaluator: Evaluator = FormulaEvaluator() if table is None else TableEvaluator(table)
+        evaluator: Evaluator = FormulaEvaluator() if table is None else ProblemEvaluator(table)
         done.append(simulate(config, evaluator, workers, load))
         print(line(done[-1][0]), flush=True)
     if options.no_serial:
         return [result for result, _ in done]
-    evaluator = FormulaEvaluator() if table is None else TableEvaluator(table)
+    evaluator = FormulaEvaluator() if table is None else ProblemEvaluator(table)
     quiet = Workload(load.mean, load.sigma, load.failures, 0.0, load.seed)
     largest = max(configs, key=lambda config: config.search.evaluations)
     serial, reference = simulate(largest, evaluator, 1, quiet)
@@ -175,8 +175,7 @@ def line(result: Result) -> str:
 def compare(result: Result, landscape: Landscape, reference: Landscape, table: Table | None) -> Result:
     """``result`` with its quality beside that of the serial search."""
     if table is not None:
-        low, high = table.values.min(axis=0), table.values.max(axis=0)
-        whole = hypervolume(table.scaled[front(table.scaled)], np.ones(table.scaled.shape[1]))
+        (low, high), whole = table.bounds, table.whole
     else:
         every = np.array(landscape.points + reference.points)
         low, high, whole = every.min(axis=0), every.max(axis=0), 1.0

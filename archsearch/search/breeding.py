@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from archsearch.schema import Frozen
+from archsearch.config import AgingConfig
 from archsearch.search.design import mixed
 from archsearch.search.genes import Codes, Floats, Genes
 from archsearch.search.history import History
@@ -25,25 +25,12 @@ RECENT = 2000  # mutations that rates are taken from
 PRIOR = 4.0  # mutations of a gene that its rate starts from
 
 
-class AgingSettings(Frozen):
-    """Settings of ageing evolution. ``mode: paper`` is Nemotron-Flash's Algorithm 1 and uses the first block alone."""
+class AgingSettings(AgingConfig):
+    """Settings of the sampler: those of a run, and the paper's latency target."""
 
-    mode: Literal["default", "paper"] = "default"
-    population_size: int = Field(20, ge=2, description="trials that count as alive, the last to be completed")
-    tournament_size: int = Field(5, ge=1, description="members drawn for a tournament")
-    max_tries: int = Field(2000, ge=1, description="draws that may fail to give a new, feasible architecture")
     latency_target: float | None = Field(None, gt=0, description="paper: parents should meet it")
     latency_objective: str = Field("decode_latency", description="paper: the objective that the target is for")
     fit_width: str | None = Field(None, description="paper: the gene that is fitted last, the largest in the target")
-
-    front_parents: float = Field(0.5, ge=0, le=1, description="fraction of parents drawn from the Pareto front")
-    design: bool = Field(True, description="spread the first population instead of drawing it at random")
-    ordinal: bool = Field(True, description="genes that are ordered numbers move to a neighbour more often than far")
-    adaptive: bool = Field(True, description="mutate genes more often that matter or have paid")
-    surrogate: bool = Field(True, description="evaluate the offspring with the greatest expected gain in hypervolume")
-    unguided: float = Field(0.25, ge=0, le=1, description="fraction of offspring that no surrogate chooses, in the end")
-    crossover: float = Field(0.4, ge=0, le=1, description="fraction of candidates with genes of a second parent")
-    candidates: int = Field(256, ge=1, le=10_000, description="offspring drawn for each one evaluated")
 
 
 @dataclass(frozen=True)

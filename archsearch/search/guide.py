@@ -8,6 +8,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from archsearch.search.acquisition import expected_improvement
+from archsearch.search.descriptors import Descriptors
 from archsearch.search.genes import Codes, Floats, Genes
 from archsearch.search.history import History
 from archsearch.search.pareto import front
@@ -27,10 +28,12 @@ class Guide:
 
     Args:
         genes: of the space.
+        descriptors: what is known of genomes beside their genes; what any space has where None.
     """
 
-    def __init__(self, genes: Genes) -> None:
+    def __init__(self, genes: Genes, descriptors: Descriptors | None = None) -> None:
         self._genes = genes
+        self.descriptors = descriptors or Descriptors(genes)
         self._models: dict[str, Surrogate] = {}
         self._learned_from: dict[str, tuple[object, bytes]] = {}
         self._expected: dict[str, dict[int, float]] = {}
@@ -74,7 +77,7 @@ class Guide:
         return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
 
     def _fit(self, name: str, history: History, rows: Codes, values: Floats) -> Surrogate:
-        model = self._models.setdefault(name, Surrogate(self._genes))
+        model = self._models.setdefault(name, Surrogate(self._genes, self.descriptors))
         # What has finished never changes.
         lesson = history.source, rows.tobytes()
         if self._learned_from.get(name) != lesson:
