@@ -6,6 +6,7 @@ of the recurrence and knows nothing of chunks, blocks or padding.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,15 +88,16 @@ def truth(layer: Layer, x: Tensor) -> Tensor:
     return run_steps(layer, x, new_state(layer, len(x), x.shape[1]))
 
 
-def gradients(layer: Layer, x: Tensor, *, stepwise: bool) -> dict[str, Tensor]:
+def gradients(layer: Layer, x: Tensor, *, stepwise: bool = False) -> dict[str, Tensor]:
     """Output and the gradients of a fixed function of it, for the input and for every parameter."""
     layer.zero_grad()
     x = x.clone().requires_grad_()
     # the steps write into their state in place, so the backward pass needs copies of what it saves
-    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved):
+    saved = torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved)
+    with saved if stepwise else contextlib.nullcontext():
         y = truth(layer, x) if stepwise else layer(x)
         weights = torch.cos(torch.arange(y.numel(), device=y.device)).reshape(y.shape)
-        (y * weights).sum().backward()
+        (y.float() if y.dtype is torch.bfloat16 else y).mul(weights).sum().backward()
     found = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert x.grad is not None
     assert all(gradient is not None for gradient in found.values()), "a parameter is not used"
@@ -143,15 +145,15 @@ def check_states(case: Case, length: int) -> None:
     torch.testing.assert_close(prefilled, stepped, rtol=1e-8, atol=1e-9)
 
 
-def check_cost(case: Case) -> None:
+def check_cost(case: Case, device: str = "cpu") -> None:
     """Parameters and state bytes are those that the configuration states."""
-    layer, config = case.build(), case.config
+    layer, config = case.build(device=device), case.config
     assert sum(p.numel() for p in layer.parameters()) == config.parameters(case.hidden)
     matrices = sum(part.weight.numel() for part in layer.modules() if isinstance(part, torch.nn.Linear))
     assert matrices == config.matmul_parameters(case.hidden)
     for length in (3, 100):
         for dtype in (torch.bfloat16, torch.float32):
-            state = layer.allocate_state(2, length, torch.device("cpu"), dtype)
+            state = layer.allocate_state(2, length, torch.device(device), dtype)
             stated = config.state_bytes(case.hidden, length, dtype.itemsize)
             assert sum(buffer.nbytes for buffer in state.values()) == 2 * stated
 
@@ -171,6 +173,52 @@ def check_bfloat16(case: Case, length: int, bound: float) -> None:
     for actual in (half(x.bfloat16()), autocast):
         error = (actual.float() - expected).norm() / expected.norm()
         assert error < bound, f"relative error {error:.1e}"
+
+
+def check_training_path(case: Case, length: int, device: str, bounds: dict[str, float]) -> None:
+    """The path that ``device`` trains with, in bf16 under autocast, against the fp32 reference.
+
+    Args:
+        case: what to check.
+        length: tokens of the two sequences.
+        device: where both run.
+        bounds: largest relative error of the ``output`` and of each gradient by name, ``other`` for the rest.
+    """
+    x = case.inputs(length, dtype=torch.float32).to(device)
+    reference, trained = case.build(torch.float32, device), use_training_path(case.build(torch.float32, device))
+    expected = gradients(reference, x)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = gradients(trained, x)
+    # a gradient that is 0 in truth, as a decay's at the first token, is compared with the largest of its kind
+    scale = max(gradient.norm() for name, gradient in expected.items() if name not in ("output", "input"))
+    errors = {}
+    for name, true in expected.items():
+        floor = 0.0 if name in ("output", "input") else 1e-3 * scale
+        errors[name] = float((actual[name].float() - true).norm() / true.norm().clamp(min=floor))
+    print(f"{case} T={length}", " ".join(f"{name}={error:.1e}" for name, error in errors.items()))
+    bad = {name: error for name, error in errors.items() if not error < bounds.get(name, bounds["other"])}
+    assert not bad, f"relative errors {bad}"
+
+
+@torch.no_grad()
+def check_prefill_on_training_path(case: Case, prompt: int, length: int, device: str, bound: float) -> None:
+    """Prefill through the path that ``device`` trains with, in bf16, then fp32 steps, against the fp32 reference."""
+    x = case.inputs(length, dtype=torch.float32).to(device)
+    expected, layer = case.build(torch.float32, device)(x), use_training_path(case.build(torch.float32, device))
+    state = new_state(layer, len(x), length)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        prefilled = layer.prefill(x[:, :prompt], state)
+    actual = torch.cat([prefilled.float(), run_steps(layer, x[:, prompt:], state, start=prompt)], dim=1)
+    # token by token, so that a wrong state cannot hide behind a long prompt
+    error = float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1).mean()).max())
+    print(f"{case} prompt={prompt} error={error:.1e}")
+    assert error < bound, f"relative error {error:.1e}"
+
+
+def use_training_path(layer: Layer) -> Layer:
+    """``layer`` on the fastest implementation that it has."""
+    layer.path = layer.paths[-1]
+    return layer
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:

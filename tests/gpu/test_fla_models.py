@@ -1,0 +1,91 @@
+"""Equal weights, equal logits: our model against flash-linear-attention's own model classes on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from archsearch.architecture import make_architecture
+from archsearch.model.hybrid import HybridLM, build_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.timeout(900),
+]
+HIDDEN, HEADS, BLOCKS, VOCABULARY, LENGTH = 512, 4, 2, 1000, 300
+SHARED: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": BLOCKS,
+    "vocab_size": VOCABULARY,
+    "intermediate_size": 1024,
+    "num_heads": HEADS,
+    "fuse_cross_entropy": False,
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gd": ("GatedDeltaNet", {"head_dim": 128, "expand_v": 1.0}, {}),
+    "d": ("DeltaNet", {}, {}),
+    "gl": ("GLA", {"expand_k": 1.0}, {"expand_k": 1.0}),
+}
+"""Kind: the name of their class, their options beyond ``SHARED``, ours."""
+
+
+def theirs(name: str, options: dict[str, Any]) -> torch.nn.Module:
+    """A model of flash-linear-attention with drawn weights, in fp32."""
+    from fla import models
+
+    torch.manual_seed(0)
+    return getattr(models, f"{name}ForCausalLM")(getattr(models, f"{name}Config")(**SHARED, **options))
+
+
+def our_name(name: str) -> str:
+    """Our name of a parameter of theirs: one block of theirs is a mixer and an FFN of ours."""
+    parts = name.removeprefix("model.").split(".")
+    if parts[0] == "embeddings":
+        return "embed_tokens.weight"
+    if parts[0] != "layers":
+        return ".".join(parts)
+    part, rest = parts[2].split("_")[0], parts[3:]
+    layer = 2 * int(parts[1]) + (part == "mlp")
+    return ".".join(["layers", str(layer), "norm" if parts[2].endswith("_norm") else "op", *rest])
+
+
+def ours(kind: str, options: dict[str, Any], weights: dict[str, Tensor]) -> HybridLM:
+    """Our model with their weights, in fp32: every weight of theirs finds its place, and none of ours is left."""
+    operators = [{"kind": kind, **options}, {"kind": "f", "ratio": 2}] * BLOCKS
+    model = build_model(
+        make_architecture(
+            hidden_size=HIDDEN, vocab_size=VOCABULARY, tie_embeddings=False, norm_eps=1e-6, operators=operators
+        )
+    )
+    model.load_state_dict({our_name(name): weight for name, weight in weights.items()}, strict=True)
+    return model
+
+
+def distance(found: Tensor, want: Tensor) -> float:
+    return float((found.float() - want.float()).norm() / want.float().norm())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_same_logits(kind: str) -> None:
+    name, their_options, our_options = MODELS[kind]
+    their_model = theirs(name, their_options)
+    exact = ours(kind, our_options, their_model.state_dict()).cuda()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=generator).cuda()
+    truth = exact(tokens)
+    half = copy.deepcopy(exact).bfloat16().use("fla")
+    assert half.paths()[kind] == "fla"
+    found = half(tokens)
+    want = their_model.bfloat16().cuda().eval()(tokens).logits
+    errors = {"ours": distance(found, truth), "theirs": distance(want, truth), "between": distance(found, want)}
+    print(kind, errors)
+    assert truth.std() > 0.1, "the logits say nothing"
+    assert errors["between"] < 2e-2
+    assert errors["ours"] < 1.5 * errors["theirs"] + 1e-3
