@@ -51,6 +51,10 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | No
 
         o, state = chunk_delta_rule(q, k, v, beta.to(q.dtype), **shared)
         return o, state.mT
+    if decay.dim() == k.dim():
+        from fla.ops.kda import chunk_kda
+
+        return chunk_kda(q, k, v, decay.float(), beta.float(), state_v_first=True, **shared)
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return chunk_gated_delta_rule(q, k, v, decay.float(), beta.float(), state_v_first=True, **shared)

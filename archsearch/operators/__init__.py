@@ -12,6 +12,7 @@ from archsearch.operators.delta_net import DeltaNet
 from archsearch.operators.ffn import FFN
 from archsearch.operators.gated_delta_net import GatedDeltaNet
 from archsearch.operators.gla import GLA
+from archsearch.operators.kda import KDA
 from archsearch.operators.mamba2 import Mamba2
 
 OPERATORS: dict[str, type[OperatorConfig]] = {
@@ -20,6 +21,7 @@ OPERATORS: dict[str, type[OperatorConfig]] = {
     "m2": Mamba2,
     "d": DeltaNet,
     "gd": GatedDeltaNet,
+    "kda": KDA,
     "gl": GLA,
     "f": FFN,
 }
@@ -27,6 +29,7 @@ OPERATORS: dict[str, type[OperatorConfig]] = {
 __all__ = [
     "FFN",
     "GLA",
+    "KDA",
     "OPERATORS",
     "Attention",
     "DeltaNet",

@@ -28,6 +28,8 @@ CASES = [
     Case("d", 512, {"head_dim": 128}),
     Case("gd", 256, {"head_dim": 64}),
     Case("gd", 512, {"head_dim": 128}),
+    Case("kda", 256, {"head_dim": 64}),
+    Case("kda", 512, {"head_dim": 128}),
     Case("gl", 256, {"head_dim": 64, "expand_k": 1.0}),
     Case("gl", 512, {"head_dim": 128, "expand_k": 1.0}),
     Case("f", 256, {}),

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, ssd_chunked
 from archsearch.model.layers import LAYERS, Layer
-from archsearch.model.recurrence import delta_rule_chunked, delta_rule_step, gla_chunked, gla_step, ssd_chunked
+from archsearch.model.recurrence import delta_rule_step, gla_step
 from archsearch.operators import OPERATORS
 
 BATCH, LENGTH, HEADS, KEY, VALUE = 2, 128, 3, 16, 24
@@ -76,6 +77,35 @@ def test_gated_delta_rule_step_from_a_state(inputs):
     output, final = delta_rule_step(*(x[:, 0] for x in one.values()), state)
     theirs = fla.naive_recurrent_gated_delta_rule(**one, initial_state=state.mT, output_final_state=True)
     close((output[:, None], final), theirs)
+
+
+def test_kda(inputs):
+    fla = naive("kda")
+    inputs["g"] = F.logsigmoid(draw(KEY, seed=6))
+    ours = delta_rule_chunked(*inputs.values())
+    close(ours, fla.naive_recurrent_kda(**inputs, output_final_state=True))
+    close(ours, fla.naive_chunk_kda(**inputs, output_final_state=True))
+
+
+def test_kda_step_from_a_state(inputs):
+    inputs["g"] = F.logsigmoid(draw(KEY, seed=6))
+    state = torch.randn(BATCH, HEADS, VALUE, KEY, generator=torch.Generator().manual_seed(5))
+    one = {name: x[:, :1] for name, x in inputs.items()}
+    output, final = delta_rule_step(*(x[:, 0] for x in one.values()), state)
+    theirs = naive("kda").naive_recurrent_kda(**one, initial_state=state.mT, output_final_state=True)
+    close((output[:, None], final), theirs)
+
+
+def test_rwkv7(inputs):
+    fla = naive("generalized_delta_rule/dplr")
+    q, k, v, removed = inputs["q"], inputs["k"], inputs["v"], F.normalize(draw(KEY, seed=6), dim=-1)
+    written, decay = removed * draw(KEY, seed=7).sigmoid(), -0.6065 * draw(KEY, seed=8).sigmoid()
+    ours = dplr_chunked(q * KEY**-0.5, k, v, -removed, written, decay)
+    # these two take [B, H, T, D]
+    swapped = [x.transpose(1, 2) for x in (q, k, v, -removed, written, decay)]
+    for function in (fla.dplr_recurrence, fla.dplr_chunkwise):
+        output, state = function(*swapped)
+        close(ours, (output.transpose(1, 2), state))
 
 
 def test_gla(inputs):

@@ -18,15 +18,18 @@ from torch import Tensor
 
 from archsearch.architecture import make_architecture
 from archsearch.errors import EnvironmentUnfit, UsageError
+from archsearch.model import layers
 from archsearch.model.decode import DecodeGraph, DecodePlan
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.kernels import TORCH, TRITON
 from archsearch.model.kernels.attention import Heads, attend, attend_reference, attention_scratch, rotary_table
 from archsearch.model.kernels.bandwidth import read_sums, read_sums_reference
+from archsearch.model.kernels.chains import CHAINS
 from archsearch.model.kernels.convolution import Convolution, Output, padded, value_rows
 from archsearch.model.kernels.delta import DeltaGates, delta_step, delta_step_reference
 from archsearch.model.kernels.gemm import gemm_shape
 from archsearch.model.kernels.gla import Decay, gla_step, gla_step_reference
+from archsearch.model.kernels.kda import KDAGates, kda_step, kda_step_reference
 from archsearch.model.kernels.projection import (
     Epilogue,
     Norm,
@@ -47,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "w": {"head_dim": 24, "heads": 4, "kv_heads": 2, "window": 5, "qkv_bias": True},
     "d": {"head_dim": 32},
     "gd": {"head_dim": 24, "heads": 2},
+    "kda": {"head_dim": 24, "heads": 2, "expand_v": 1.5, "gate_rank": 20},
     "gl": {"head_dim": 24},
     "m2": {"head_dim": 32, "state": 16, "groups": 2},
     "f": {"ratio": 2, "multiple_of": 32},
@@ -198,6 +202,26 @@ def test_delta_kernel(heads: int, k: int, v: int, taps: int, gated: bool) -> Non
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("heads", "k", "v", "taps", "rank"), [(2, 32, 32, 4, 32), (2, 24, 20, 1, 40), (1, 16, 8, 3, 5)]
+)
+def test_kda_kernel(heads: int, k: int, v: int, taps: int, rank: int) -> None:
+    batch, channels = 2, heads * (2 * k + v)
+    state, output, sums = torch.randn(batch, heads, v, k), outputs(batch, heads, v), poisoned(batch, heads)
+    ups = torch.randn(heads * k, rank) * rank**-0.5, torch.randn(heads * v, rank) * rank**-0.5
+    gates = KDAGates(-torch.rand(heads), torch.randn(heads * k), *ups, torch.randn(heads * v))
+    part = convolution(batch, channels, taps, bias=False)
+    for here in (0, taps):
+        x = torch.randn(batch, channels + heads + 2 * rank)
+        agree(
+            lambda *a: (kda_step(*a), sums.copy_(total(output.squares))),
+            lambda *a: (kda_step_reference(*a), sums.copy_(total(output.squares))),
+            (x, part, gates, state, torch.tensor(here), output),
+            [state, part.ring, output.mixed, sums],
+        )
+
+
+@interpreted
 @pytest.mark.parametrize(("heads", "k", "v", "rank"), [(2, 32, 64, 16), (1, 24, 40, 3)])
 def test_gla_kernel(heads: int, k: int, v: int, rank: int) -> None:
     batch = 2
@@ -279,7 +303,7 @@ plain = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 
 
 @plain
-@pytest.mark.parametrize("kinds", [*OPTIONS, "a f d m2 f w gd gl f"])
+@pytest.mark.parametrize("kinds", [*OPTIONS, "a f d m2 f w gd kda gl f"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_plan_follows_the_model(kinds: str, batch: int) -> None:
     model = model_of(kinds, meta_tokens=3 * (batch == 1), tie_embeddings=batch == 1)
@@ -295,7 +319,7 @@ def test_plan_follows_the_model(kinds: str, batch: int) -> None:
 @plain
 @pytest.mark.parametrize("prompt", [1, 2, 9])
 def test_plan_goes_on_from_a_prefill(prompt: int) -> None:
-    model = model_of("a d w m2 gl gd f", meta_tokens=2)
+    model = model_of("a d w m2 gl gd kda f", meta_tokens=2)
     plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
     state = model.allocate_state(2, 20)
     with torch.no_grad():
@@ -319,9 +343,25 @@ def test_plan_feeds_its_own_tokens_back() -> None:
 
 @plain
 def test_equal_fusion() -> None:
-    plan = DecodePlan(model_of("a w d gd gl m2 f"), 1, 8, TORCH)
-    assert plan.kernels == {"a": 3, "w": 3, "d": 3, "gd": 3, "gl": 3, "m2": 3, "f": 2, "head": 2}
-    assert plan.kernels_per_token == 6 * 3 + 2 + 2
+    plan = DecodePlan(model_of(" ".join(OPTIONS)), 1, 8, TORCH)
+    mixers = dict.fromkeys(OPTIONS, 3)
+    assert plan.kernels == {**mixers, "f": 2, "head": 2}
+    assert plan.kernels_per_token == (len(OPTIONS) - 1) * 3 + 2 + 2
+    assert not plan.plain
+
+
+@plain
+def test_kind_without_kernels_runs_its_own_step(monkeypatch) -> None:
+    monkeypatch.delitem(CHAINS, layers.GatedDeltaNet)
+    model = model_of("gd f", meta_tokens=2)
+    plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
+    assert plan.plain == {"gd"}
+    state = model.allocate_state(2, 20)
+    with torch.no_grad():
+        follow(model, plan, tokens, 0)
+        model.prefill(tokens[:, :5], state)
+        plan.load(state, tokens[:, 5])
+        follow(model, plan, tokens, 5)
 
 
 @plain

@@ -11,6 +11,7 @@ from archsearch.model.layers.delta_net import DeltaNet
 from archsearch.model.layers.ffn import FFN
 from archsearch.model.layers.gated_delta_net import GatedDeltaNet
 from archsearch.model.layers.gla import GLA
+from archsearch.model.layers.kda import KDA
 from archsearch.model.layers.mamba2 import Mamba2
 
 LAYERS: dict[str, type[Layer]] = {
@@ -19,6 +20,7 @@ LAYERS: dict[str, type[Layer]] = {
     "m2": Mamba2,
     "d": DeltaNet,
     "gd": GatedDeltaNet,
+    "kda": KDA,
     "gl": GLA,
     "f": FFN,
 }
@@ -26,6 +28,7 @@ LAYERS: dict[str, type[Layer]] = {
 __all__ = [
     "FFN",
     "GLA",
+    "KDA",
     "LAYERS",
     "Attention",
     "DeltaNet",
