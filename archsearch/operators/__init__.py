@@ -12,6 +12,7 @@ from archsearch.operators.delta_net import DeltaNet
 from archsearch.operators.ffn import FFN
 from archsearch.operators.gated_delta_net import GatedDeltaNet
 from archsearch.operators.gla import GLA
+from archsearch.operators.hgrn2 import HGRN2
 from archsearch.operators.kda import KDA
 from archsearch.operators.mamba2 import Mamba2
 
@@ -23,12 +24,14 @@ OPERATORS: dict[str, type[OperatorConfig]] = {
     "gd": GatedDeltaNet,
     "kda": KDA,
     "gl": GLA,
+    "hg": HGRN2,
     "f": FFN,
 }
 
 __all__ = [
     "FFN",
     "GLA",
+    "HGRN2",
     "KDA",
     "OPERATORS",
     "Attention",

@@ -34,6 +34,7 @@ CASES = [
     Case("gl", 512, {"head_dim": 128, "expand_k": 1.0}),
     Case("f", 256, {}),
 ]
+CASES = kit.every_kind(CASES, (256, 64), (512, 128))
 BOUNDS = {"output": 2e-2, "input": 3e-2, "other": 5e-2}
 """Relative errors in the 2-norm. bf16 keeps 8 bits (4e-3 a rounding), and a layer rounds some ten times in a row."""
 

@@ -53,6 +53,17 @@ class Case:
         return "-".join([self.kind, *(f"{key}{value:g}" for key, value in self.options.items())])
 
 
+def every_kind(cases: list[Case], *small: tuple[int, int]) -> list[Case]:
+    """``cases``, and for each kind that has none one of each ``small`` pair of hidden size and head dim."""
+    missing = OPERATORS.keys() - {case.kind for case in cases}
+    found = list(cases)
+    for kind in (kind for kind in OPERATORS if kind in missing):
+        fields = OPERATORS[kind].model_fields.keys()
+        for hidden, size in small:
+            found.append(Case(kind, hidden, {name: size for name in ("head_dim", "state") if name in fields}))
+    return found
+
+
 CASES = [
     Case("a", options={"head_dim": 8, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}),
     Case("a", options={"head_dim": 16, "heads": 4, "kv_heads": 1}),
@@ -71,6 +82,7 @@ CASES = [
     Case("f", options={"multiple_of": 8}),
     Case("f", options={"ratio": 1.7, "multiple_of": 1}),
 ]
+CASES = every_kind(CASES, (32, 8), (32, 16))
 
 
 def new_state(layer: Layer, batch: int, length: int) -> State:

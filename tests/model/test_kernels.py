@@ -41,6 +41,7 @@ from archsearch.model.kernels.projection import (
 )
 from archsearch.model.kernels.ssd import Rates, ssd_step, ssd_step_reference
 from archsearch.model.kernels.token import select, select_reference
+from archsearch.operators import OPERATORS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
@@ -55,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "m2": {"head_dim": 32, "state": 16, "groups": 2},
     "f": {"ratio": 2, "multiple_of": 32},
 }
+KINDS = [*OPTIONS, *(kind for kind in OPERATORS if kind not in OPTIONS)]
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +266,7 @@ def test_read_kernel() -> None:
 
 
 def model_of(kinds: str, **fields: Any) -> HybridLM:
-    options = {kind: OPTIONS[kind] for kind in set(kinds.split())}
+    options = {kind: OPTIONS.get(kind, {"head_dim": 32}) for kind in set(kinds.split())}
     sizes = {"hidden_size": 96, "vocab_size": VOCABULARY, "operators": kinds, "options": options, **fields}
     model = build_model(make_architecture(**sizes))
     with torch.no_grad():
@@ -303,7 +305,7 @@ plain = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 
 
 @plain
-@pytest.mark.parametrize("kinds", [*OPTIONS, "a f d m2 f w gd kda gl f"])
+@pytest.mark.parametrize("kinds", [*KINDS, "a f d m2 f w gd kda gl f"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_plan_follows_the_model(kinds: str, batch: int) -> None:
     model = model_of(kinds, meta_tokens=3 * (batch == 1), tie_embeddings=batch == 1)

@@ -11,6 +11,7 @@ from archsearch.model.layers.delta_net import DeltaNet
 from archsearch.model.layers.ffn import FFN
 from archsearch.model.layers.gated_delta_net import GatedDeltaNet
 from archsearch.model.layers.gla import GLA
+from archsearch.model.layers.hgrn2 import HGRN2
 from archsearch.model.layers.kda import KDA
 from archsearch.model.layers.mamba2 import Mamba2
 
@@ -22,12 +23,14 @@ LAYERS: dict[str, type[Layer]] = {
     "gd": GatedDeltaNet,
     "kda": KDA,
     "gl": GLA,
+    "hg": HGRN2,
     "f": FFN,
 }
 
 __all__ = [
     "FFN",
     "GLA",
+    "HGRN2",
     "KDA",
     "LAYERS",
     "Attention",
