@@ -29,6 +29,7 @@ from archsearch.model.kernels.convolution import Convolution, Output, padded, va
 from archsearch.model.kernels.delta import DeltaGates, delta_step, delta_step_reference
 from archsearch.model.kernels.gemm import gemm_shape
 from archsearch.model.kernels.gla import Decay, gla_step, gla_step_reference
+from archsearch.model.kernels.hgrn2 import hgrn2_step, hgrn2_step_reference
 from archsearch.model.kernels.kda import KDAGates, kda_step, kda_step_reference
 from archsearch.model.kernels.projection import (
     Epilogue,
@@ -53,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gd": {"head_dim": 24, "heads": 2},
     "kda": {"head_dim": 24, "heads": 2, "expand_v": 1.5, "gate_rank": 20},
     "gl": {"head_dim": 24},
+    "hg": {"head_dim": 48},
     "m2": {"head_dim": 32, "state": 16, "groups": 2},
     "f": {"ratio": 2, "multiple_of": 32},
 }
@@ -234,6 +236,21 @@ def test_gla_kernel(heads: int, k: int, v: int, rank: int) -> None:
         lambda *a: (gla_step(*a), sums.copy_(total(output.squares))),
         lambda *a: (gla_step_reference(*a), sums.copy_(total(output.squares))),
         (x, decay, state, output),
+        [state, output.mixed, sums],
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "size"), [(2, 32), (3, 24)])
+def test_hgrn2_kernel(heads: int, size: int) -> None:
+    batch, single = 2, outputs(2, heads, size)
+    squares = single.squares.reshape(batch, 1, -1)
+    state, sums = torch.randn(batch, heads, size, size), poisoned(batch, 1)
+    output = Output(single.mixed, squares, torch.rand(heads * size))
+    agree(
+        lambda *a: (hgrn2_step(*a), sums.copy_(total(squares))),
+        lambda *a: (hgrn2_step_reference(*a), sums.copy_(total(squares))),
+        (torch.randn(batch, 3 * heads * size), state, output),
         [state, output.mixed, sums],
     )
 

@@ -124,6 +124,17 @@ def _gla(layer: Residual, work: Workspace) -> Chain:
     return Chain(layer.kind, launches, {"recurrent": state})
 
 
+def _hgrn2(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.HGRN2, layer.op)
+    projected, launches = projection(layer, work, merged(op.q_proj, op.f_proj, op.i_proj))
+    state = work.zeros(op.heads, op.head_dim, op.head_dim, dtype=torch.float32)
+    output = read_out(work, op.heads, op.head_dim, op.g_norm.weight, groups=1)
+    launches.append(partial(work.kernels.hgrn2, projected, state, output))
+    weight = widened(op.o_proj.weight.detach(), op.heads, op.head_dim)
+    launches += residual(work, output.mixed, weight, Norm(op.g_norm.eps, squares=output.squares))
+    return Chain(layer.kind, launches, {"recurrent": state})
+
+
 def _mamba2(layer: Residual, work: Workspace) -> Chain:
     op = cast(layers.Mamba2, layer.op)
     projected, launches = projection(layer, work, op.in_proj.weight.detach())
@@ -148,5 +159,6 @@ CHAINS: dict[type, Callable[[Residual, Workspace], Chain]] = {
     layers.GatedDeltaNet: _gated_delta,
     layers.KDA: _kda,
     layers.GLA: _gla,
+    layers.HGRN2: _hgrn2,
     layers.Mamba2: _mamba2,
 }

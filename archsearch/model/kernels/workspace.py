@@ -119,11 +119,13 @@ def ring(work: Workspace, *parts: ShortConvolution) -> Convolution:
     return Convolution(weight.T.contiguous(), bias, work.zeros(weight.shape[1], weight.shape[0]))
 
 
-def read_out(work: Workspace, heads: int, value_dim: int, gain: Tensor) -> Output:
-    """Where a mixer with one output norm a head writes."""
+def read_out(work: Workspace, heads: int, value_dim: int, gain: Tensor, groups: int | None = None) -> Output:
+    """Where a mixer writes whose output norm is over each head, or over ``groups`` of heads."""
     width = padded(value_dim)
     parts = width // min(width, value_rows(work.batch, heads, value_dim))
-    return Output(work.activations("mixed", heads * width), work.squares(heads, parts), gain.detach())
+    groups = groups or heads
+    squares = work.squares(groups, heads // groups * parts)
+    return Output(work.activations("mixed", heads * width), squares, gain.detach())
 
 
 def widened(weight: Tensor, heads: int, value_dim: int) -> Tensor:
