@@ -68,6 +68,17 @@ def gla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Mixed:
     return chunk_gla(q, k, v, decay.float(), output_final_state=True, state_v_first=True)
 
 
+def rwkv7(r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, strongest: float) -> Mixed:
+    """RWKV-7's recurrence, its log decays at least ``strongest``; shapes as in ``dplr_chunked``."""
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    r, k, v, a, b, decay = _half(r, k, v, a, b, decay)
+    # the library's layer asks for the same: with decays this weak a chunk of 64 stays in range on the tensor cores
+    bounded: dict[str, Any] = {"safe_gate": True, "lower_bound": strongest, "chunk_size": 64}
+    o, state = chunk_rwkv7(r, decay, k, v, a, b, scale=1.0, output_final_state=True, **bounded)
+    return o, state.mT
+
+
 def ssd(c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor) -> Mixed:
     """Mamba-2's state-space model as linear attention with one decay a head; shapes as in ``Mamba2.mix``."""
     from fla.ops.simple_gla import chunk_simple_gla

@@ -15,6 +15,7 @@ from archsearch.operators.gla import GLA
 from archsearch.operators.hgrn2 import HGRN2
 from archsearch.operators.kda import KDA
 from archsearch.operators.mamba2 import Mamba2
+from archsearch.operators.rwkv7 import RWKV7
 
 OPERATORS: dict[str, type[OperatorConfig]] = {
     "a": Attention,
@@ -24,6 +25,7 @@ OPERATORS: dict[str, type[OperatorConfig]] = {
     "gd": GatedDeltaNet,
     "kda": KDA,
     "gl": GLA,
+    "r7": RWKV7,
     "hg": HGRN2,
     "f": FFN,
 }
@@ -34,6 +36,7 @@ __all__ = [
     "HGRN2",
     "KDA",
     "OPERATORS",
+    "RWKV7",
     "Attention",
     "DeltaNet",
     "GatedDeltaNet",

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from archsearch.architecture import make_architecture
 from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.model.layers import LAYERS as OUR_LAYERS
+from archsearch.operators import OPERATORS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +36,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gl": ("GLA", {"expand_k": 1.0}, {"expand_k": 1.0}),
 }
 """Kind: the name of their class, their options beyond ``SHARED``, ours."""
+
+
+LAYERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "r7": ("RWKV7Attention", {"head_dim": 128, "layer_idx": 0, "num_hidden_layers": 2}, {"head_dim": 128}),
+    "hg": ("HGRN2Attention", {"expand_ratio": 128}, {}),
+}
+"""Kinds whose models have what ours leave out, a residual of values and bounds of gates: their first layer alone."""
 
 
 def theirs(name: str, options: dict[str, Any]) -> torch.nn.Module:
@@ -95,5 +104,29 @@ def test_same_logits(kind: str) -> None:
         layer.op.o_proj.weight.zero_()
     assert distance(exact(tokens), truth) > 0.3, "the mixers do not matter"
     # two models that round independently are further from each other than either is from the truth
+    assert errors["between"] < 5e-2
+    assert errors["ours"] < 1.5 * errors["theirs"]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_same_output_of_a_layer(kind: str) -> None:
+    from fla import layers as their_layers
+
+    name, their_options, our_options = LAYERS[kind]
+    torch.manual_seed(0)
+    their_layer = getattr(their_layers, name)(hidden_size=HIDDEN, norm_eps=1e-5, **their_options)
+    for parameter in their_layer.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    exact = OUR_LAYERS[kind](OPERATORS[kind].model_validate(our_options), HIDDEN, 1e-5)
+    shapes = {name: parameter.shape for name, parameter in exact.named_parameters()}
+    exact.load_state_dict({name: weight.reshape(shapes[name]) for name, weight in their_layer.state_dict().items()})
+    exact = exact.cuda()
+    x = torch.randn(2, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(1)).cuda()
+    truth, half = exact(x), copy.deepcopy(exact).bfloat16()
+    half.path = "fla"
+    found, want = half(x.bfloat16()), their_layer.bfloat16().cuda().eval()(x.bfloat16())[0]
+    errors = {"ours": distance(found, truth), "theirs": distance(want, truth), "between": distance(found, want)}
+    print(kind, errors)
     assert errors["between"] < 5e-2
     assert errors["ours"] < 1.5 * errors["theirs"]

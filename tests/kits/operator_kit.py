@@ -41,7 +41,9 @@ class Case:
         layer.init_weights(generator, residual_std=0.3)
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                # of a wide layer's matrices less, or what they give grows with the width and saturates
+                scale = 0.2 if parameter.ndim < 2 else min(0.2, parameter.shape[-1] ** -0.5)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
         return layer.to(device, dtype)
 
     def inputs(self, length: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -79,6 +81,8 @@ CASES = [
     Case("kda", options={"head_dim": 16, "heads": 3, "gate_rank": 5, "conv": 2}),
     Case("gl", options={"head_dim": 8}),
     Case("gl", options={"head_dim": 16, "expand_k": 1.0, "gate_normalizer": 0.5}),
+    Case("r7", options={"head_dim": 8}),
+    Case("r7", options={"head_dim": 16, "decay_rank": 5, "rate_rank": 7, "gate_rank": 3}),
     Case("f", options={"multiple_of": 8}),
     Case("f", options={"ratio": 1.7, "multiple_of": 1}),
 ]

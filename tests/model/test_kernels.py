@@ -40,6 +40,8 @@ from archsearch.model.kernels.projection import (
     project,
     project_reference,
 )
+from archsearch.model.kernels.rwkv7 import TimeMix, rwkv7_step, rwkv7_step_reference
+from archsearch.model.kernels.shift import Shift, shift_project, shift_project_reference
 from archsearch.model.kernels.ssd import Rates, ssd_step, ssd_step_reference
 from archsearch.model.kernels.token import select, select_reference
 from archsearch.operators import OPERATORS
@@ -55,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kda": {"head_dim": 24, "heads": 2, "expand_v": 1.5, "gate_rank": 20},
     "gl": {"head_dim": 24},
     "hg": {"head_dim": 48},
+    "r7": {"head_dim": 24, "decay_rank": 8, "rate_rank": 40},
     "m2": {"head_dim": 32, "state": 16, "groups": 2},
     "f": {"ratio": 2, "multiple_of": 32},
 }
@@ -276,6 +279,28 @@ def test_ssd_kernel(heads: int, v: int, k: int, groups: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize(("batch", "k"), [(1, 96), (1, 700), (3, 200), (17, 96)])
+def test_shift_project_kernel(batch: int, k: int) -> None:
+    x, weight, out = torch.randn(batch, k), torch.randn(64, k) * k**-0.5, poisoned(batch, 64)
+    shift = Shift(torch.rand(3, k), torch.tensor([0, 2, 2, 1], dtype=torch.int32), torch.randn(batch, 2, k))
+    for here in (0, 1):
+        args = x, torch.rand(k), 1e-3, shift, torch.tensor(here), weight, out
+        agree(shift_project, shift_project_reference, args, [out, shift.ring])
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "d", "ranks"), [(2, 32, (32, 40, 16)), (3, 24, (5, 7, 64))])
+def test_rwkv7_kernel(heads: int, d: int, ranks: tuple[int, int, int]) -> None:
+    batch, hidden = 2, heads * d
+    ups = [torch.randn(hidden, rank) * rank**-0.5 for rank in ranks]
+    starts = (0, hidden, 2 * hidden, 3 * hidden, 3 * hidden + ranks[0], 3 * hidden + sum(ranks[:2]))
+    mix = TimeMix(*ups, *(torch.randn(hidden) for _ in range(7)), -0.6, 1e-4, starts)
+    state, mixed = torch.randn(batch, heads, d, d), poisoned(batch, hidden)
+    projected = torch.randn(batch, 3 * hidden + sum(ranks))
+    agree(rwkv7_step, rwkv7_step_reference, (projected, mix, state, mixed), [state, mixed])
+
+
+@interpreted
 def test_read_kernel() -> None:
     x = torch.randint(-999, 999, (2 * 16384,), dtype=torch.int32)
     out = torch.zeros(2, dtype=torch.int32)
@@ -322,7 +347,7 @@ plain = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 
 
 @plain
-@pytest.mark.parametrize("kinds", [*KINDS, "a f d m2 f w gd kda gl f"])
+@pytest.mark.parametrize("kinds", [*KINDS, "a f d m2 f w gd kda gl r7 f"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_plan_follows_the_model(kinds: str, batch: int) -> None:
     model = model_of(kinds, meta_tokens=3 * (batch == 1), tie_embeddings=batch == 1)
@@ -338,7 +363,7 @@ def test_plan_follows_the_model(kinds: str, batch: int) -> None:
 @plain
 @pytest.mark.parametrize("prompt", [1, 2, 9])
 def test_plan_goes_on_from_a_prefill(prompt: int) -> None:
-    model = model_of("a d w m2 gl gd kda f", meta_tokens=2)
+    model = model_of("a d w m2 gl r7 gd kda f", meta_tokens=2)
     plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
     state = model.allocate_state(2, 20)
     with torch.no_grad():

@@ -6,12 +6,14 @@ and an FFN two, so that no kind is slow only because it is fused less than anoth
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from archsearch.model import layers
 from archsearch.model.hybrid import Residual
@@ -22,6 +24,8 @@ from archsearch.model.kernels.delta import DeltaGates
 from archsearch.model.kernels.gla import Decay
 from archsearch.model.kernels.kda import KDAGates
 from archsearch.model.kernels.projection import Epilogue, Norm
+from archsearch.model.kernels.rwkv7 import TimeMix
+from archsearch.model.kernels.shift import BLOCK, Shift
 from archsearch.model.kernels.ssd import Rates
 from archsearch.model.kernels.workspace import (
     Chain,
@@ -35,6 +39,7 @@ from archsearch.model.kernels.workspace import (
     widened,
 )
 from archsearch.model.layers.parts import ShortConvolution
+from archsearch.model.layers.rwkv7 import STRONGEST
 
 
 def build_chain(layer: Residual, work: Workspace) -> Chain:
@@ -151,6 +156,29 @@ def _mamba2(layer: Residual, work: Workspace) -> Chain:
     return Chain(layer.kind, launches, {"conv": convolution.ring, "recurrent": state})
 
 
+def _rwkv7(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.RWKV7, layer.op)
+    (w_down, w_up), (a_down, a_up), (g_down, g_up) = (part.lora[::2] for part in (op.w_lora, op.a_lora, op.g_lora))
+    inputs = {"r": op.r_proj, "k": op.k_proj, "v": op.v_proj, "w": w_down, "a": a_down, "g": g_down}
+    # each input begins a new block of rows, since it has a mix of its own
+    weights = [F.pad(p.weight.detach(), (0, 0, 0, -p.out_features % BLOCK)) for p in inputs.values()]
+    starts = (0, *itertools.accumulate(len(weight) for weight in weights[:-1]))
+    mixes = torch.stack([op.get_parameter(f"x_{name}").detach() for name in inputs])
+    blocks = torch.tensor([len(weight) // BLOCK for weight in weights], device=mixes.device)
+    block_mix = torch.arange(len(inputs), device=mixes.device, dtype=torch.int32).repeat_interleave(blocks)
+    weight, shift = torch.cat(weights).contiguous(), Shift(mixes, block_mix, work.zeros(2, mixes.shape[1]))
+    projected = work.activations("projected", len(weight))
+    vectors = (w_up.bias, a_up.bias, op.k_k, op.k_a, op.r_k, op.g_norm.weight, op.g_norm.bias)
+    ups = (up.weight.detach() for up in (w_up, a_up, g_up))
+    mix = TimeMix(*ups, *(vector.detach() for vector in vectors), STRONGEST, op.norm_eps, starts)
+    state = work.zeros(op.heads, op.head_dim, op.head_dim, dtype=torch.float32)
+    mixed, norm = work.activations("mixed", op.o_proj.in_features), layer.norm
+    shifted = partial(work.kernels.shift, work.hidden, norm.weight.detach(), norm.eps, shift, work.position)
+    step = partial(work.kernels.rwkv7, projected, mix, state, mixed)
+    launches = [partial(shifted, weight, projected), step, *residual(work, mixed, op.o_proj.weight)]
+    return Chain(layer.kind, launches, {"conv": shift.ring, "recurrent": state})
+
+
 CHAINS: dict[type, Callable[[Residual, Workspace], Chain]] = {
     layers.FFN: _ffn,
     layers.Attention: _attention,
@@ -161,4 +189,5 @@ CHAINS: dict[type, Callable[[Residual, Workspace], Chain]] = {
     layers.GLA: _gla,
     layers.HGRN2: _hgrn2,
     layers.Mamba2: _mamba2,
+    layers.RWKV7: _rwkv7,
 }

@@ -11,6 +11,9 @@ import triton.language as tl
 CHUNK = tl.constexpr(32)
 """Columns a tile."""
 
+SIGMOID, TANH = tl.constexpr(1), tl.constexpr(2)
+"""Activations of the short vector other than none."""
+
 
 @triton.jit
 def load_low_rank(up, row, inside, RANK: tl.constexpr):
@@ -24,12 +27,17 @@ def load_low_rank(up, row, inside, RANK: tl.constexpr):
 
 
 @triton.jit
-def load_low(low, RANK: tl.constexpr):
-    """The short vector at ``low``, as a tuple of tiles in fp32."""
+def load_low(low, RANK: tl.constexpr, ACTIVATION: tl.constexpr = 0):
+    """The short vector at ``low``, activated, as a tuple of tiles in fp32."""
     tiles = ()
     for i in tl.static_range(triton.cdiv(RANK, CHUNK)):
         column = i * CHUNK + tl.arange(0, CHUNK)
-        tiles = tiles + (tl.load(low + column, mask=column < RANK, other=0.0).to(tl.float32),)
+        x = tl.load(low + column, mask=column < RANK, other=0.0).to(tl.float32)
+        if ACTIVATION == SIGMOID:
+            x = tl.sigmoid(x)
+        if ACTIVATION == TANH:
+            x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+        tiles = tiles + (x,)
     return tiles
 
 

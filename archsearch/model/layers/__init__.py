@@ -14,6 +14,7 @@ from archsearch.model.layers.gla import GLA
 from archsearch.model.layers.hgrn2 import HGRN2
 from archsearch.model.layers.kda import KDA
 from archsearch.model.layers.mamba2 import Mamba2
+from archsearch.model.layers.rwkv7 import RWKV7
 
 LAYERS: dict[str, type[Layer]] = {
     "a": Attention,
@@ -23,6 +24,7 @@ LAYERS: dict[str, type[Layer]] = {
     "gd": GatedDeltaNet,
     "kda": KDA,
     "gl": GLA,
+    "r7": RWKV7,
     "hg": HGRN2,
     "f": FFN,
 }
@@ -33,6 +35,7 @@ __all__ = [
     "HGRN2",
     "KDA",
     "LAYERS",
+    "RWKV7",
     "Attention",
     "DeltaNet",
     "GatedDeltaNet",
