@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig
 from archsearch.errors import ArchsearchError
-from archsearch.model import fla_ops
+from archsearch.model import fla_library
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.proxy.data import Windows, load_corpus, validation_windows
 from archsearch.proxy.loss import token_loss
@@ -198,7 +198,7 @@ def _kernels(name: str, device: torch.device) -> str:
     if name == "auto":
         name = "fla" if device.type == "cuda" else "torch"
     if name == "fla":
-        fla_ops.require(device)
+        fla_library.require(device)
     return name
 
 

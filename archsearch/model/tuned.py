@@ -1,0 +1,148 @@
+"""Tuned configurations of Triton kernels, so that nothing is benchmarked while a candidate waits.
+
+Triton's autotuner tries every configuration of a kernel at each new key; fla's keys hold widths, heads and
+buckets of the token count, which a search varies, and each costs minutes. A file a device keeps what the
+tuner once chose: kernel, key, configuration. At run time each tuner's cache is a ``Choices``: a key it does
+not hold is served by the nearest one of the same kernel, so no key is ever benchmarked again.
+
+A kernel of which nothing is known is tuned as ever, once, and then serves all its keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import triton
+from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime.autotuner import Autotuner
+
+from archsearch.files import write_atomic
+
+FOLDER = Path(__file__).parent / "kernel_configs"
+LIBRARIES = ("fla.", "mamba_ssm.")
+
+COMPILERS = 8
+"""Compilations that a tuning process runs at a time."""
+
+Key = tuple[Any, ...]
+
+
+class Choices(dict[Key, triton.Config]):
+    """What a tuner chose by key. A key that is not there counts as there when a like one is.
+
+    Two keys are alike when they have the same length and differ in numbers only; the nearest is the one
+    with the smallest sum of ``|log2(a / b)|`` over them.
+    """
+
+    exact: ClassVar[bool] = False
+    """While tuning: only what is there is there."""
+
+    def __contains__(self, key: object) -> bool:
+        if dict.__contains__(self, key) or Choices.exact:
+            return dict.__contains__(self, key)
+        assert isinstance(key, tuple)
+        alike = [(distance, config) for known, config in self.items() if (distance := _distance(key, known)) < math.inf]
+        if not alike:
+            return False
+        self[key] = min(alike, key=lambda pair: pair[0])[1]
+        return True
+
+
+def install() -> None:
+    """Give every autotuner of the imported libraries its choices for this device."""
+    known = _read(path_of(torch.cuda.get_device_name())) if torch.cuda.is_available() and not Choices.exact else {}
+    for tuner in tuners():
+        if not isinstance(tuner.cache, Choices):
+            tuner.cache = Choices(tuner.cache)
+            if Choices.exact:
+                tuner.prune_configs = functools.partial(_compiled, tuner, tuner.prune_configs)
+            for entry in known.get(tuner.base_fn.__name__, []):
+                # one of the tuner's own, with its hooks; what another version chose and this one lacks is left out
+                like = [config for config in tuner.configs if _plain(config) == entry["config"]]
+                if like:
+                    tuner.cache[tuple(entry["key"])] = like[0]
+
+
+def _compiled(tuner: Autotuner, prune: Callable[[dict[str, Any]], list[triton.Config]], kwargs: dict[str, Any]) -> Any:
+    """What ``prune`` leaves, compiled side by side: the tuner itself would compile one after the other."""
+    configs = prune(kwargs)
+    with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for config in configs:
+            tuner.fn.warmup(**tuner.nargs, **kwargs, **config.all_kwargs())
+    return configs
+
+
+def tuners() -> Iterator[Autotuner]:
+    """The autotuners of the libraries' modules that are imported, each once."""
+    seen: set[int] = set()
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(LIBRARIES):
+            continue
+        for value in list(vars(module).values()):
+            while value is not None and not isinstance(value, Autotuner):
+                value = vars(value).get("fn") if type(value).__module__.startswith("triton.") else None
+            if value is not None and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+def chosen() -> dict[str, list[dict[str, Any]]]:
+    """What the tuners hold now, as plain data: kernel name to entries of key and configuration."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for tuner in tuners():
+        entries = [{"key": list(key), "config": _plain(config)} for key, config in tuner.cache.items()]
+        if entries:
+            found.setdefault(tuner.base_fn.__name__, []).extend(entries)
+    return dict(sorted(found.items()))
+
+
+def write(path: Path, kernels: dict[str, list[dict[str, Any]]]) -> None:
+    """Write a file of configurations; entries of the same kernel and key are kept once."""
+    for name, entries in kernels.items():
+        kernels[name] = list({json.dumps(entry["key"]): entry for entry in entries}.values())
+    lines = ",\n".join(
+        f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in entries) + "\n ]"
+        for name, entries in sorted(kernels.items())
+    )
+    write_atomic(path, "{\n" + lines + "\n}\n")
+
+
+def path_of(device: str) -> Path:
+    """The file of a device: its name in small letters, without the maker and the memory's size."""
+    name = re.sub(r"nvidia|\d+gb|geforce", "", device.lower())
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
+
+
+def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    if not path.exists():
+        return {}
+    known: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
+    return known
+
+
+def _plain(config: triton.Config) -> dict[str, Any]:
+    return {"kwargs": config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _distance(a: Key, b: Key) -> float:
+    """How far two keys are apart; infinite where more than numbers differs."""
+    if len(a) != len(b):
+        return math.inf
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x == y:
+            continue
+        numbers = all(isinstance(part, int | float) and not isinstance(part, bool) and part > 0 for part in (x, y))
+        if not numbers:
+            return math.inf
+        total += abs(math.log2(x / y))
+    return total
