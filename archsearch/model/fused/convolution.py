@@ -15,7 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-ROWS = 32
+TILE = 1024
+"""Numbers that a program holds at a time: more do not fit its registers."""
+
+STEPS = 8
 L2_EPS = 1e-6
 
 
@@ -77,25 +80,29 @@ class _Convolve(torch.autograd.Function):
         biases = parameters[3:] if taps["BIAS"] else weights
         dx = x.new_empty(x.shape)
         # a row of blocks each, added up below: no atomics, so the same inputs give the same bits
-        partial = x.new_empty(grid[0] * grid[2], x.shape[-1], weights[0].shape[-1] + 1, dtype=torch.float32)
+        number = triton.next_power_of_2(taps["TAPS"] + 1)
+        partial = x.new_empty(grid[0] * grid[2], x.shape[-1], number, dtype=torch.float32)
         _backward[grid](
-            x, *weights, *biases, *grads, dx, partial, x.shape[1], x.stride(1), x.shape[-1], **sizes, **taps
-        )
+            x, *weights, *biases, *grads, dx, partial, x.shape[1], x.stride(1), x.shape[-1], SUMS=number,
+            **sizes, **taps,
+        )  # fmt: skip
         total = partial.sum(0)
         found = total.split([len(weight) for weight in weights])
-        d_weights = [t[:, None, :-1].to(w.dtype) for t, w in zip(found, weights, strict=True)]
-        d_biases = [None if b is None else t[:, -1].to(b.dtype) for t, b in zip(found, parameters[3:], strict=True)]
+        d_weights = [t[:, None, : w.shape[-1]].to(w.dtype) for t, w in zip(found, weights, strict=True)]
+        d_biases = [
+            None if b is None else t[:, taps["TAPS"]].to(b.dtype) for t, b in zip(found, parameters[3:], strict=True)
+        ]
         return dx, *d_weights, *d_biases, None, None
 
 
 def _launch(x: Tensor, parts: list[Tensor], normed: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid and sizes: a program takes ``ROWS`` tokens of one head."""
+    """Grid and sizes: a program takes ``STEPS`` times ``ROWS`` tokens of one head."""
     heads, dims = [t.shape[2] for t in parts], [t.shape[3] for t in parts]
     sizes: dict[str, Any] = {f"H{i}": n for i, n in enumerate(heads)} | {f"D{i}": n for i, n in enumerate(dims)}
     block = triton.next_power_of_2(max(dims))
-    rows = max(1, ROWS * 128 // block)
+    rows = max(1, TILE // block)
     sizes |= {"BLOCK": block, "ROWS": rows, "NORMED": sum(heads[:normed]), "EPS": L2_EPS, "num_warps": 4}
-    return (triton.cdiv(x.shape[1], rows), sum(heads), x.shape[0]), sizes
+    return (triton.cdiv(x.shape[1], STEPS * rows), sum(heads), x.shape[0]), sizes | {"STEPS": STEPS}
 
 
 @triton.jit
@@ -115,77 +122,80 @@ def _activated(x, weight, bias, t, inside, length, stride, TAPS: tl.constexpr, B
 def _forward(
     x, w0, w1, w2, b0, b1, b2, y0, y1, y2, length, stride,
     H0: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
     TAPS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, first = tl.program_id(1), tl.program_id(2).to(tl.int64) * length
     lane = tl.arange(0, BLOCK)[None, :]
-    row = batch * length + t
     if head < H0:
-        dim, at, weight, bias = D0, head * D0, w0, b0
-        to, start = y0 + row * H0 * D0, 0
+        dim, at, weight, bias, start = D0, head * D0, w0, b0, 0
+        to, width = y0 + first * H0 * D0, H0 * D0
     elif head < H0 + H1:
-        dim, at, weight, bias = D1, (head - H0) * D1, w1, b1
-        to, start = y1 + row * H1 * D1, H0 * D0
+        dim, at, weight, bias, start = D1, (head - H0) * D1, w1, b1, H0 * D0
+        to, width = y1 + first * H1 * D1, H1 * D1
     else:
-        dim, at, weight, bias = D2, (head - H0 - H1) * D2, w2, b2
-        to, start = y2 + row * H2 * D2, H0 * D0 + H1 * D1
+        dim, at, weight, bias, start = D2, (head - H0 - H1) * D2, w2, b2, H0 * D0 + H1 * D1
+        to, width = y2 + first * H2 * D2, H2 * D2
     # lanes past the head read its first channel, and nothing of theirs is stored
     channel = at + tl.where(lane < dim, lane, 0)
-    inside = (t < length) & (lane < dim)
-    here = x + batch * length * stride + start + channel
-    y = _activated(here, weight + channel * TAPS, bias + channel, t, inside, length, stride, TAPS, BIAS)
-    y = y * tl.sigmoid(y)
-    if head < NORMED:
-        y = tl.where(inside, y, 0.0)
-        y *= tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
-    tl.store(to + channel, y.to(y0.dtype.element_ty), mask=inside)
+    here = x + first * stride + start + channel
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (t < length) & (lane < dim)
+        y = _activated(here, weight + channel * TAPS, bias + channel, t, inside, length, stride, TAPS, BIAS)
+        y = y * tl.sigmoid(y)
+        if head < NORMED:
+            y = tl.where(inside, y, 0.0)
+            y *= tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
+        tl.store(to + t * width + channel, y.to(y0.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
     x, w0, w1, w2, b0, b1, b2, g0, g1, g2, dx, partial, length, stride, channels,
     H0: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
-    TAPS: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, first = tl.program_id(1), tl.program_id(2).to(tl.int64) * length
     lane = tl.arange(0, BLOCK)[None, :]
-    row = batch * length
     if head < H0:
-        dim, at, weight, bias = D0, head * D0, w0, b0
-        grad, width, start = g0 + row * H0 * D0, H0 * D0, 0
+        dim, at, weight, bias, start = D0, head * D0, w0, b0, 0
+        grad, width = g0 + first * H0 * D0, H0 * D0
     elif head < H0 + H1:
-        dim, at, weight, bias = D1, (head - H0) * D1, w1, b1
-        grad, width, start = g1 + row * H1 * D1, H1 * D1, H0 * D0
+        dim, at, weight, bias, start = D1, (head - H0) * D1, w1, b1, H0 * D0
+        grad, width = g1 + first * H1 * D1, H1 * D1
     else:
-        dim, at, weight, bias = D2, (head - H0 - H1) * D2, w2, b2
-        grad, width, start = g2 + row * H2 * D2, H2 * D2, H0 * D0 + H1 * D1
+        dim, at, weight, bias, start = D2, (head - H0 - H1) * D2, w2, b2, H0 * D0 + H1 * D1
+        grad, width = g2 + first * H2 * D2, H2 * D2
     channel = at + tl.where(lane < dim, lane, 0)
-    inside = (t < length) & (lane < dim)
-    here = x + batch * length * stride + start + channel
-    value = tl.load(here + t * stride, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros(inside.shape, dtype=tl.float32)
-    to = partial + (batch * tl.num_programs(0) + tl.program_id(0)) * channels * (TAPS + 1)
-    to += (start + channel) * (TAPS + 1)
-    for later in tl.static_range(TAPS):
-        # token s = t + later saw token t through tap TAPS - 1 - later
-        s = t + later
-        reach = (s < length) & (lane < dim)
-        y = _activated(here, weight + channel * TAPS, bias + channel, s, reach, length, stride, TAPS, BIAS)
-        sigmoid = tl.sigmoid(y)
-        d = tl.load(grad + s * width + channel, mask=reach, other=0.0).to(tl.float32)
-        if head < NORMED:
-            z = tl.where(reach, y * sigmoid, 0.0)
-            scale = tl.rsqrt(tl.sum(z * z, 1) + EPS)[:, None]
-            z *= scale
-            d = scale * (d - z * tl.sum(d * z, 1)[:, None])
-        d = tl.where(reach, d * sigmoid * (1 + y * (1 - sigmoid)), 0.0)
-        total += d * tl.load(weight + channel * TAPS + TAPS - 1 - later).to(tl.float32)
-        tl.store(to + TAPS - 1 - later, tl.sum(d * value, 0)[None, :], mask=lane < dim)
-        if later == 0:
-            tl.store(to + TAPS, tl.sum(d, 0)[None, :], mask=lane < dim)
-    here = dx + (row + t) * channels + start + channel
-    tl.store(here, total.to(dx.dtype.element_ty), mask=inside)
+    here = x + first * stride + start + channel
+    # sums over tokens [SUMS, BLOCK]: one row a tap, one for the bias
+    sums = tl.zeros((SUMS, BLOCK), dtype=tl.float32)
+    index = tl.arange(0, SUMS)[:, None]
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (t < length) & (lane < dim)
+        value = tl.load(here + t * stride, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        for later in range(TAPS):  # not unrolled: that took 12 s to compile
+            # token s = t + later saw token t through tap TAPS - 1 - later
+            s = t + later
+            reach = (s < length) & (lane < dim)
+            y = _activated(here, weight + channel * TAPS, bias + channel, s, reach, length, stride, TAPS, BIAS)
+            sigmoid = tl.sigmoid(y)
+            d = tl.load(grad + s * width + channel, mask=reach, other=0.0).to(tl.float32)
+            if head < NORMED:
+                z = tl.where(reach, y * sigmoid, 0.0)
+                scale = tl.rsqrt(tl.sum(z * z, 1) + EPS)[:, None]
+                z *= scale
+                d = scale * (d - z * tl.sum(d * z, 1)[:, None])
+            d = tl.where(reach, d * sigmoid * (1 + y * (1 - sigmoid)), 0.0)
+            total += d * tl.load(weight + channel * TAPS + TAPS - 1 - later).to(tl.float32)
+            sums += tl.where(index == TAPS - 1 - later, tl.sum(d * value, 0)[None, :], 0.0)
+            if BIAS and later == 0:
+                sums += tl.where(index == TAPS, tl.sum(d, 0)[None, :], 0.0)
+        to = dx + first * channels + start + channel
+        tl.store(to + t * channels, total.to(dx.dtype.element_ty), mask=inside)
+    to = partial + (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels * SUMS
+    tl.store(to + (start + channel) * SUMS + index, sums, mask=lane < dim)
