@@ -22,7 +22,12 @@ SCAN_CHUNK = 256
 
 
 def half(x: Tensor) -> Tensor:
-    """``x`` in the 16-bit type that kernels compute in: autocast's, or its own.
+    """``x`` in the type of ``half_dtype``."""
+    return x.to(half_dtype(x))
+
+
+def half_dtype(x: Tensor) -> torch.dtype:
+    """The 16-bit type that kernels compute in: autocast's, or that of ``x``.
 
     Raises:
         ConfigError: ``x`` is fp32 and autocast is off.
@@ -30,7 +35,7 @@ def half(x: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     if dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(f"the GPU kernels compute in bfloat16, not {dtype}", "set proxy.dtype=bfloat16")
-    return x.to(dtype)
+    return dtype
 
 
 def project(x: Tensor, *layers: nn.Linear) -> Tensor:
@@ -148,7 +153,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return o.unflatten(0, (batch, length))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # and never dropped: captured graphs keep its address
 def _starts(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(0, (batch + 1) * length, length, device=device, dtype=torch.int32)
 

@@ -65,7 +65,7 @@ class Residual(nn.Module):
 
     def normed(self, x: Tensor) -> Tensor:
         """The norm in front of the operator: in 16 bits by one kernel where the operator computes so."""
-        return self.norm(x) if self.op.path == "torch" else self.norm.fused(x, dtype=fla_ops.half(x[:0]).dtype)
+        return self.norm(x) if self.op.path == "torch" else self.norm.fused(x, dtype=fla_ops.half_dtype(x))
 
     def prefill(self, x: Tensor, state: State) -> Tensor:
         """``forward`` that leaves what it saw in ``state``."""

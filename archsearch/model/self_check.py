@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
+import json
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from archsearch.errors import EnvironmentUnfit
+from archsearch.errors import ArchsearchError, EnvironmentUnfit
+from archsearch.model.fla_library import miscompiles
 from archsearch.model.layers import LAYERS, Layer
-from archsearch.operators import OperatorConfig
+from archsearch.operators import OPERATORS, OperatorConfig
 
 LENGTH = 150
 """Tokens: two chunks of the kernels and a part of a third."""
 
 BOUND = 0.04
 """Largest relative error (2-norm) that bf16 explains, in the output and in every gradient."""
+
+
+REMEDY = "install triton 3.7.1 or later and flash-linear-attention 0.6, or set proxy.kernels=torch"
 
 
 class WrongKernels(EnvironmentUnfit):
@@ -56,14 +62,19 @@ def agreement(config: OperatorConfig, hidden: int, device: torch.device, length:
 
 
 def require_sound(config: OperatorConfig, hidden: int, device: torch.device) -> Agreement:
-    """``agreement``, or WrongKernels."""
-    found = agreement(config, hidden, device)
+    """``agreement``, or WrongKernels with what was found; also where a kernel does not run at all."""
+    name = f"operator {config.kind} {config.model_dump(mode='json', exclude_defaults=True)} at width {hidden}"
+    try:
+        found = agreement(config, hidden, device)
+    except (ArchsearchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        message = (str(error).splitlines() or [""])[0]
+        raise WrongKernels(f"the GPU kernels of {name} do not run: {type(error).__name__}: {message}", REMEDY) from error
     if not found.sound:
-        error = found.errors[found.worst]
-        raise WrongKernels(
-            f"the GPU kernels of operator {config.kind} at width {hidden} are off by {error:.1e} in {found.worst}",
-            "check the versions of torch, triton and flash-linear-attention, or set proxy.kernels=torch",
-        )
+        cause = f"the GPU kernels of {name} are off by {found.errors[found.worst]:.1e} in {found.worst}"
+        known = "; this Triton is known to miscompile gated operators on Hopper GPUs" if miscompiles(device) else ""
+        raise WrongKernels(cause + known, REMEDY)
     return found
 
 
@@ -86,3 +97,13 @@ def _gradients(layer: Layer, x: Tensor, *, half: bool) -> dict[str, Tensor]:
 
 def _error(actual: Tensor, truth: Tensor) -> float:
     return float((actual.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-12))
+
+
+def main() -> None:
+    """Check one operator in a process of its own, for what that compiles: ``kind options hidden``."""
+    kind, options, hidden = sys.argv[1:]
+    require_sound(OPERATORS[kind].model_validate(json.loads(options)), int(hidden), torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    main()

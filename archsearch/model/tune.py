@@ -7,9 +7,12 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from archsearch.operators import OPERATORS
+
+if TYPE_CHECKING:
+    from archsearch.model.tuned import Kernels
 
 BATCH, LENGTH, HIDDEN = 16, 1024, 1024
 """What the kernels are tuned at: the nearest shape serves every other."""
@@ -37,9 +40,6 @@ SHAPES = (
     Shape("m2"),
     Shape("m2", {"state": 64}),
 )
-
-Kernels = dict[str, list[dict[str, Any]]]
-
 
 def tune(shapes: Iterable[Shape], workers: int) -> Iterator[tuple[Shape, float, Kernels | Exception]]:
     """Let the libraries tune ``shapes``, each in a process of its own: seconds and what was chosen, as they end."""

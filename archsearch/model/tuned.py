@@ -5,14 +5,16 @@ buckets of the token count, which a search varies, and each costs minutes. A fil
 tuner once chose: kernel, key, configuration. At run time each tuner's cache is a ``Choices``: a key it does
 not hold is served by the nearest one of the same kernel, so no key is ever benchmarked again.
 
-A kernel of which nothing is known is tuned as ever, once, and then serves all its keys.
+A kernel of which nothing is known is tuned as ever, once for each kind of key, and then serves its likes.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ import triton
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.autotuner import Autotuner
 
+from archsearch.errors import ConfigError
 from archsearch.files import write_atomic
 
 FOLDER = Path(__file__).parent / "kernel_configs"
@@ -34,6 +37,8 @@ COMPILERS = 8
 """Compilations that a tuning process runs at a time."""
 
 Key = tuple[Any, ...]
+Kernels = dict[str, list[dict[str, Any]]]
+"""By name of a kernel: entries of ``key`` and ``config``."""
 
 
 class Choices(dict[Key, triton.Config]):
@@ -59,7 +64,7 @@ class Choices(dict[Key, triton.Config]):
 
 def install() -> None:
     """Give every autotuner of the imported libraries its choices for this device."""
-    known = _read(path_of(torch.cuda.get_device_name())) if torch.cuda.is_available() and not Choices.exact else {}
+    known = {} if Choices.exact else _known()
     for tuner in tuners():
         if not isinstance(tuner.cache, Choices):
             tuner.cache = Choices(tuner.cache)
@@ -95,38 +100,53 @@ def tuners() -> Iterator[Autotuner]:
                 yield value
 
 
-def chosen() -> dict[str, list[dict[str, Any]]]:
-    """What the tuners hold now, as plain data: kernel name to entries of key and configuration."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def chosen() -> Kernels:
+    """What the tuners hold now, as plain data."""
+    found: Kernels = {}
     for tuner in tuners():
         entries = [{"key": list(key), "config": _plain(config)} for key, config in tuner.cache.items()]
         if entries:
             found.setdefault(tuner.base_fn.__name__, []).extend(entries)
-    return dict(sorted(found.items()))
+    return found
 
 
-def write(path: Path, kernels: dict[str, list[dict[str, Any]]]) -> None:
-    """Write a file of configurations; entries of the same kernel and key are kept once."""
-    for name, entries in kernels.items():
-        kernels[name] = list({json.dumps(entry["key"]): entry for entry in entries}.values())
-    lines = ",\n".join(
-        f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in entries) + "\n ]"
-        for name, entries in sorted(kernels.items())
-    )
-    write_atomic(path, "{\n" + lines + "\n}\n")
+def write(path: Path, kernels: Kernels) -> None:
+    """Write a file of configurations for this device; of entries with the same kernel and key the last is kept."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "fla-core")}
+    about = {"device": torch.cuda.get_device_name(), "versions": versions}
+    blocks = []
+    for name, entries in sorted(kernels.items()):
+        last = {json.dumps(entry["key"]): json.dumps(entry) for entry in entries}
+        blocks.append(f"  {json.dumps(name)}: [\n   " + ",\n   ".join(last.values()) + "\n  ]")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(about)[:-1] + ', "kernels": {\n' + ",\n".join(blocks) + "\n}}\n")
 
 
-def path_of(device: str) -> Path:
-    """The file of a device: its name in small letters, without the maker and the memory's size."""
-    name = re.sub(r"nvidia|\d+gb|geforce", "", device.lower())
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json")
+def own_file() -> Path:
+    """Where ``archsearch doctor --tune`` keeps the configurations of this very device."""
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "archsearch", "kernels", f"{name}.json")
 
 
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
-    if not path.exists():
-        return {}
-    known: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
-    return known
+def known_files() -> list[Path]:
+    """The files that serve this device: the shipped one of its architecture, then its own, which goes before."""
+    if not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    return [path for path in (FOLDER / f"sm{major}{minor}.json", own_file()) if path.exists()]
+
+
+@functools.cache
+def _known() -> Kernels:
+    found: Kernels = {}
+    for path in known_files():
+        try:
+            kernels: Kernels = json.loads(path.read_text())["kernels"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} holds no kernel configurations: {error}", "remove it") from error
+        for name, entries in kernels.items():
+            found.setdefault(name, []).extend(entries)
+    return found
 
 
 def _plain(config: triton.Config) -> dict[str, Any]:

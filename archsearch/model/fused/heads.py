@@ -18,7 +18,7 @@ from torch.nn import functional as F
 ROWS = 16
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # and never dropped: captured graphs keep its address
 def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
     """Cosines, then sines, of every position's angles: fp32 [2, length, head_dim / 2]."""
     half = head_dim // 2

@@ -43,6 +43,11 @@ class Attention(Layer):
         """Attend over whole sequences, [B, heads, T, D]."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
+    def unsupported(self) -> tuple[str, str] | None:
+        if self.head_dim % 8:
+            return f"head_dim {self.head_dim} is no multiple of 8", "flash kernels take 8, 16, 24, ... 256"
+        return None
+
     def mix_fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``mix`` through a flash kernel, on [B, T, heads, D]."""
         return fla_ops.attention(q, k, v)

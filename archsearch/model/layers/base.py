@@ -49,8 +49,14 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def fused(self, x: Tensor, state: State | None) -> Tensor:
-        """``sequence`` through the GPU kernels, in 16 bits."""
-        raise NotImplementedError
+        """``sequence`` through the GPU kernels, in 16 bits; by itself ``sequence``, with a ``mix`` that looks at
+        ``path``.
+        """
+        return self.sequence(x, state)
+
+    def unsupported(self) -> tuple[str, str] | None:
+        """Which option the GPU kernels cannot take, and what they would take; None where they take all."""
+        return None
 
     @property
     def implementation(self) -> str:
