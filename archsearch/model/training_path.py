@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from archsearch.errors import InvalidArchitecture
+from archsearch.errors import ConfigError, InvalidArchitecture
 from archsearch.model import fla_library, self_check
 from archsearch.model.hybrid import HybridLM
 from archsearch.operators import OperatorConfig
@@ -28,10 +28,17 @@ Operator = tuple[OperatorConfig, int]
 """An operator and its width: what kernels are compiled and checked for."""
 
 
-def prepare(model: HybridLM, path: str, device: torch.device) -> HybridLM:
+def prepare(model: HybridLM, path: str, device: torch.device, dtype: torch.dtype) -> HybridLM:
     """``model`` with every operator on ``path`` (``torch``, ``fla`` or ``auto``: fla on a GPU, torch elsewhere).
 
+    Args:
+        model: what is to be trained.
+        path: an implementation, or ``auto``.
+        device: where it will train.
+        dtype: of its matrix products.
+
     Raises:
+        ConfigError: the kernels do not compute in ``dtype``.
         EnvironmentUnfit: the device or a library cannot run the kernels; there is no falling back.
         InvalidArchitecture: an operator's options are beyond its kernels.
         WrongKernels: a kernel fails its check on this device.
@@ -40,6 +47,11 @@ def prepare(model: HybridLM, path: str, device: torch.device) -> HybridLM:
         path = "fla" if device.type == "cuda" else "torch"
     if path == "fla":
         fla_library.require(device)
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"proxy.dtype: the GPU kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}",
+                "set proxy.dtype=bfloat16, or proxy.kernels=torch for the slow reference",
+            )
         for layer in model.layers:
             refuse_unsupported(layer.op.unsupported(), layer.kind)
         hidden = model.architecture.hidden_size
