@@ -70,7 +70,9 @@ def require_sound(config: OperatorConfig, hidden: int, device: torch.device) -> 
         raise
     except Exception as error:
         message = (str(error).splitlines() or [""])[0]
-        raise WrongKernels(f"the GPU kernels of {name} do not run: {type(error).__name__}: {message}", REMEDY) from error
+        raise WrongKernels(
+            f"the GPU kernels of {name} do not run: {type(error).__name__}: {message}", REMEDY
+        ) from error
     if not found.sound:
         cause = f"the GPU kernels of {name} are off by {found.errors[found.worst]:.1e} in {found.worst}"
         known = "; this Triton is known to miscompile gated operators on Hopper GPUs" if miscompiles(device) else ""

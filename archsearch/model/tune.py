@@ -41,6 +41,7 @@ SHAPES = (
     Shape("m2", {"state": 64}),
 )
 
+
 def tune(shapes: Iterable[Shape], workers: int) -> Iterator[tuple[Shape, float, Kernels | Exception]]:
     """Let the libraries tune ``shapes``, each in a process of its own: seconds and what was chosen, as they end."""
     context = multiprocessing.get_context("spawn")
@@ -62,7 +63,7 @@ def tune_one(shape: Shape) -> tuple[float, Kernels]:
     from archsearch.model import tuned
     from archsearch.model.layers import LAYERS
 
-    tuned.Choices.exact = True
+    tuned.Choice.tuning = True
     start = time.perf_counter()
     with torch.device("cuda"):
         layer = LAYERS[shape.kind](OPERATORS[shape.kind].model_validate(shape.options), shape.hidden)

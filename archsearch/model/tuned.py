@@ -2,8 +2,8 @@
 
 Triton's autotuner tries every configuration of a kernel at each new key; fla's keys hold widths, heads and
 buckets of the token count, which a search varies, and each costs minutes. A file a device keeps what the
-tuner once chose: kernel, key, configuration. At run time each tuner's cache is a ``Choices``: a key it does
-not hold is served by the nearest one of the same kernel, so no key is ever benchmarked again.
+tuner once chose: kernel, key, configuration. At run time each tuner is offered the choice of the nearest
+known key alone (``Choice``), and benchmarks nothing.
 
 A kernel of which nothing is known is tuned as ever, once for each kind of key, and then serves its likes.
 """
@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 import triton
+from triton.runtime import driver
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.autotuner import Autotuner
 
@@ -41,45 +42,66 @@ Kernels = dict[str, list[dict[str, Any]]]
 """By name of a kernel: entries of ``key`` and ``config``."""
 
 
-class Choices(dict[Key, triton.Config]):
-    """What a tuner chose by key. A key that is not there counts as there when a like one is.
+class Choice:
+    """Decides for one autotuner what it tries at a new key: the configuration that was best at the nearest known
+    one, alone and therefore unmeasured; all of them where no known key is alike, or while tuning.
 
     Two keys are alike when they have the same length and differ in numbers only; the nearest is the one
-    with the smallest sum of ``|log2(a / b)|`` over them.
+    with the smallest sum of ``|log2(a / b)|`` over them. The library's own pruning always comes first: it
+    excludes configurations that are known to be wrong at a shape.
     """
 
-    exact: ClassVar[bool] = False
-    """While tuning: only what is there is there."""
+    tuning: ClassVar[bool] = False
 
-    def __contains__(self, key: object) -> bool:
-        if dict.__contains__(self, key) or Choices.exact:
-            return dict.__contains__(self, key)
-        assert isinstance(key, tuple)
-        alike = [(distance, config) for known, config in self.items() if (distance := _distance(key, known)) < math.inf]
-        if not alike:
-            return False
-        self[key] = min(alike, key=lambda pair: pair[0])[1]
-        return True
+    def __init__(self, tuner: Autotuner, entries: list[dict[str, Any]]) -> None:
+        self.tuner, self.library_prune, self.alone = tuner, tuner.prune_configs, False
+        self.known: dict[Key, triton.Config] = {}
+        for entry in entries:
+            # one of the tuner's own, with its hooks; what another version chose and this one lacks is left out
+            like = [config for config in tuner.configs if _plain(config) == entry["config"]]
+            if like:
+                self.known[tuple(entry["key"])] = like[0]
+
+    def prune(self, kwargs: dict[str, Any]) -> list[triton.Config]:
+        """The configurations to try with the arguments of this launch."""
+        allowed: list[triton.Config] = self.library_prune(kwargs)
+        if Choice.tuning:
+            self.alone = False
+            return _compiled(self.tuner, allowed, kwargs)
+        key, best = self._key(kwargs), (math.inf, None)
+        for known, config in {**self.known, **self.tuner.cache}.items():
+            distance = _distance(key, known)
+            if distance < best[0] and config in allowed:
+                best = distance, config
+        self.alone = best[1] is not None
+        return allowed if best[1] is None else [best[1]]
+
+    def bench(self, call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
+        """Seconds of a kernel; one that is alone is the best, and not run for it."""
+        if self.alone:
+            return [0.0] * len(quantiles)
+        timings: list[float] = driver.active.get_benchmarker()(call, quantiles=quantiles)
+        return timings
+
+    def _key(self, kwargs: dict[str, Any]) -> Key:
+        """The tuner's own key of this launch."""
+        given = {**self.tuner.nargs, **kwargs}
+        given = {name: value for name, value in given.items() if name in self.tuner.arg_names}
+        parts = [given[name] for name in self.tuner.keys if name in given]
+        return *parts, *(str(value.dtype) for value in given.values() if hasattr(value, "dtype"))
 
 
 def install() -> None:
-    """Give every autotuner of the imported libraries its choices for this device."""
-    known = {} if Choices.exact else _known()
+    """Let ``Choice`` decide for every autotuner of the libraries' modules that are imported."""
+    known = _known()
     for tuner in tuners():
-        if not isinstance(tuner.cache, Choices):
-            tuner.cache = Choices(tuner.cache)
-            if Choices.exact:
-                tuner.prune_configs = functools.partial(_compiled, tuner, tuner.prune_configs)
-            for entry in known.get(tuner.base_fn.__name__, []):
-                # one of the tuner's own, with its hooks; what another version chose and this one lacks is left out
-                like = [config for config in tuner.configs if _plain(config) == entry["config"]]
-                if like:
-                    tuner.cache[tuple(entry["key"])] = like[0]
+        if "prune_configs" not in vars(tuner):
+            choice = Choice(tuner, known.get(tuner.base_fn.__name__, []))
+            tuner.prune_configs, tuner.do_bench = choice.prune, choice.bench
 
 
-def _compiled(tuner: Autotuner, prune: Callable[[dict[str, Any]], list[triton.Config]], kwargs: dict[str, Any]) -> Any:
-    """What ``prune`` leaves, compiled side by side: the tuner itself would compile one after the other."""
-    configs = prune(kwargs)
+def _compiled(tuner: Autotuner, configs: list[triton.Config], kwargs: dict[str, Any]) -> list[triton.Config]:
+    """``configs``, compiled side by side: the tuner itself would compile one after the other."""
     with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for config in configs:
             tuner.fn.warmup(**tuner.nargs, **kwargs, **config.all_kwargs())

@@ -15,77 +15,94 @@ from archsearch.errors import ConfigError
 from archsearch.model import tuned
 
 SMALL, LARGE = triton.Config({"BK": 32}, num_warps=2), triton.Config({"BK": 64}, num_warps=8)
+ENTRIES = [
+    {"key": [4, 64, True, "torch.float32"], "config": tuned._plain(SMALL)},
+    {"key": [16, 128, True, "torch.float32"], "config": tuned._plain(LARGE)},
+]
+
+
+class Kernel:
+    """Stands in for a compiled kernel: remembers what it was launched with."""
+
+    def __init__(self) -> None:
+        self.launched: list[int] = []
+
+    def run(self, *args, **kwargs):
+        self.launched.append(kwargs["BK"])
+
+
+def make_tuner(prune=None) -> Autotuner:
+    def kernel(x, H, K, GATED):
+        raise AssertionError
+
+    names = ["x", "H", "K", "GATED"]
+    pruning = None if prune is None else {"early_config_prune": prune}
+    tuner = Autotuner(kernel, names, [SMALL, LARGE], names[1:], None, None, prune_configs_by=pruning)
+    tuner.fn = Kernel()
+    return tuner
 
 
 @pytest.fixture
-def choices() -> tuned.Choices:
-    return tuned.Choices({(4, 64, True, "torch.bfloat16"): SMALL, (16, 128, True, "torch.bfloat16"): LARGE})
+def tuner(monkeypatch) -> Autotuner:
+    return installed(make_tuner(), monkeypatch)
 
 
-def test_a_known_key_is_served_as_it_is(choices):
-    assert (4, 64, True, "torch.bfloat16") in choices
-    assert choices[4, 64, True, "torch.bfloat16"] is SMALL
+def installed(tuner: Autotuner, monkeypatch) -> Autotuner:
+    monkeypatch.setattr(tuned, "tuners", lambda: [tuner])
+    monkeypatch.setattr(tuned, "_known", lambda: {"kernel": ENTRIES})
+    tuned.install()
+    return tuner
+
+
+def launch(tuner: Autotuner, heads: int, dim: int, *, gated: bool = True) -> list[int]:
+    """Block sizes of all launches that one call of the kernel makes."""
+    tuner.fn.launched.clear()
+    tuner.run(torch.zeros(1), H=heads, K=dim, GATED=gated, grid=(1,))
+    return tuner.fn.launched
 
 
 @pytest.mark.parametrize(
-    ("key", "config"),
-    [((6, 64), SMALL), ((3, 96), SMALL), ((12, 128), LARGE), ((1000, 128), LARGE), ((8, 256), LARGE)],
+    ("heads", "dim", "block"), [(4, 64, 32), (6, 64, 32), (3, 96, 32), (12, 128, 64), (1000, 128, 64), (8, 256, 64)]
 )
-def test_a_new_key_is_served_by_the_nearest(choices, key, config):
-    key = (*key, True, "torch.bfloat16")
-    assert key in choices
-    assert choices[key] is config
+def test_the_nearest_known_key_decides_and_nothing_is_benchmarked(tuner, heads, dim, block):
+    assert launch(tuner, heads, dim) == [block]
+    assert launch(tuner, heads, dim) == [block]
 
 
-@pytest.mark.parametrize("key", [(4, 64, False, "torch.bfloat16"), (4, 64, True, "torch.float16"), (4, 64, True)])
-def test_what_differs_in_more_than_numbers_is_not_alike(choices, key):
-    assert key not in choices
+def test_the_librarys_pruning_comes_first(monkeypatch):
+    tuner = make_tuner(lambda configs, nargs, **kwargs: [c for c in configs if c.kwargs["BK"] < kwargs["K"]])
+    installed(tuner, monkeypatch)
+    assert launch(tuner, 16, 64) == [32]
+    assert launch(tuner, 16, 128) == [64]
 
 
-def test_while_tuning_only_what_is_there_is_there(choices, monkeypatch):
-    monkeypatch.setattr(tuned.Choices, "exact", True)
-    assert (6, 64, True, "torch.bfloat16") not in choices
-    assert (4, 64, True, "torch.bfloat16") in choices
+def test_a_key_that_is_not_alike_is_tuned_once_and_then_serves_its_likes(tuner, monkeypatch):
+    def benchmark(call, quantiles):
+        call()
+        return [1.0] * len(quantiles)
+
+    active = type("Driver", (), {"get_benchmarker": lambda self: benchmark})()
+    monkeypatch.setattr(tuned.driver, "_active", active, raising=False)
+    assert launch(tuner, 4, 64, gated=False) == [32, 64, 32]
+    assert launch(tuner, 5, 64, gated=False) == [32]
 
 
-def test_an_autotuner_benchmarks_nothing_that_is_alike(choices):
-    ran = []
-
-    class Kernel:
-        def run(self, *args, **kwargs):
-            ran.append(kwargs["BK"])
-
-    def kernel(x, H):
-        raise AssertionError
-
-    tuner = Autotuner(kernel, ["x", "H"], [SMALL, LARGE], ["H"], None, None)
-    tuner.fn, tuner.cache = Kernel(), tuned.Choices({(4, "torch.float32"): SMALL, (64, "torch.float32"): LARGE})
-    for heads in (5, 100):
-        tuner.run(torch.zeros(1), H=heads, grid=(1,))
-    assert ran == [32, 64]
-
-
-def test_what_is_written_is_read_and_put_into_the_tuners(tmp_path, monkeypatch, choices):
+def test_what_is_written_is_read_and_given_to_the_tuners(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test GPU")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = tuned.own_file()
     assert path == tmp_path / "archsearch/kernels/nvidia-test-gpu.json"
-    entries = [{"key": list(key), "config": tuned._plain(config)} for key, config in choices.items()]
-    unknown = {"key": [1, 1, True, "torch.bfloat16"], "config": {"kwargs": {"BQ": 1}, "num_warps": 2, "num_stages": 3}}
-    tuned.write(path, {"kernel": [*entries, unknown]})
+    other = {"key": [4, 64, True, "torch.float32"], "config": {"kwargs": {"BQ": 1}, "num_warps": 2, "num_stages": 3}}
+    tuned.write(path, {"kernel": [other, *ENTRIES], "another": ENTRIES})
     assert json.loads(path.read_text())["device"] == "NVIDIA Test GPU"
-
-    def kernel(x, H):
-        raise AssertionError
-
-    tuner = Autotuner(kernel, ["x", "H"], [SMALL, LARGE], ["H"], None, None)
-    monkeypatch.setattr(tuned, "tuners", lambda: [tuner])
     monkeypatch.setattr(tuned, "known_files", lambda: [path])
+    tuner = make_tuner()
+    monkeypatch.setattr(tuned, "tuners", lambda: [tuner])
     tuned._known.cache_clear()
     tuned.install()
     tuned._known.cache_clear()
-    assert dict(tuner.cache) == dict(choices)
-    assert all(config in tuner.configs for config in tuner.cache.values())
+    assert launch(tuner, 4, 64) == [32]
+    assert launch(tuner, 16, 128) == [64]
 
 
 def test_a_broken_file_is_refused(tmp_path, monkeypatch):

@@ -61,9 +61,7 @@ class _Convolve(torch.autograd.Function):
         weights = [t.contiguous() for t in parameters[:3]]
         ctx.save_for_backward(x, *weights, *parameters[3:])
         ctx.dims, ctx.normed = dims, normed
-        out = [
-            x.new_empty(*x.shape[:2], len(weight) // dim, dim) for weight, dim in zip(weights, dims, strict=True)
-        ]
+        out = [x.new_empty(*x.shape[:2], len(weight) // dim, dim) for weight, dim in zip(weights, dims, strict=True)]
         grid, sizes = _launch(x, out, normed)
         taps = {"TAPS": weights[0].shape[-1], "BIAS": parameters[3] is not None}
         biases = parameters[3:] if taps["BIAS"] else weights  # a kernel takes no None; these are never read

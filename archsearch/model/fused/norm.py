@@ -67,7 +67,9 @@ class _Norm(torch.autograd.Function):
         sizes = _sizes(x, weight)
         rows = x.numel() // x.shape[-1]
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        _forward[grid](x, weight, x if gate is None else gate, out, rows, stride, gate_stride, eps, ORDER=order, **sizes)
+        _forward[grid](
+            x, weight, x if gate is None else gate, out, rows, stride, gate_stride, eps, ORDER=order, **sizes
+        )
         ctx.save_for_backward(x, weight, gate)
         ctx.eps, ctx.order, ctx.strides = eps, order, (stride, gate_stride)
         return out
