@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from archsearch.model import self_check
 from archsearch.model.fused import convolution, heads, norm, swiglu
+from archsearch.operators import FFN
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
@@ -98,3 +100,16 @@ def test_norm(gate, shape, gains):
         return call
 
     agree(run(norm.norm), run(norm.norm_reference), inputs)
+
+
+@interpreted
+def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
+    config, cpu = FFN(multiple_of=8), torch.device("cpu")
+    found = self_check.agreement(config, 16, cpu, 5)
+    assert found.sound, found.errors
+    assert found.errors.keys() == {"output", "input", "gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    right = swiglu._SwiGLU.backward
+    monkeypatch.setattr(swiglu._SwiGLU, "backward", staticmethod(lambda ctx, grad: right(ctx, grad) * 1.2))
+    wrong = self_check.agreement.__wrapped__(config, 16, cpu, 5)
+    assert not wrong.sound
+    assert wrong.errors["output"] == found.errors["output"]
