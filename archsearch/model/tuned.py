@@ -10,6 +10,7 @@ A kernel of which nothing is known is tuned as ever, once for each kind of key, 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,7 +82,9 @@ class Choice:
         """Seconds of a kernel; one that is alone is the best, and not run for it."""
         if self.alone:
             return [0.0] * len(quantiles)
-        timings: list[float] = driver.active.get_benchmarker()(call, quantiles=quantiles)
+        with Path(tempfile.gettempdir(), "archsearch-tuning.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # processes that tune at the same time would disturb each other
+            timings: list[float] = driver.active.get_benchmarker()(call, quantiles=quantiles, warmup=5, rep=30)
         return timings
 
     def _key(self, kwargs: dict[str, Any]) -> Key:
@@ -96,6 +100,7 @@ def install() -> None:
     known = _known()
     for tuner in tuners():
         if "prune_configs" not in vars(tuner):
+            tuner.cache_results &= not Choice.tuning  # what was measured before may have been disturbed
             choice = Choice(tuner, known.get(tuner.base_fn.__name__, []))
             tuner.prune_configs, tuner.do_bench = choice.prune, choice.bench
 
@@ -104,7 +109,7 @@ def _compiled(tuner: Autotuner, configs: list[triton.Config], kwargs: dict[str, 
     """``configs``, compiled side by side: the tuner itself would compile one after the other."""
     with ThreadPoolExecutor(COMPILERS) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for config in configs:
-            tuner.fn.warmup(**tuner.nargs, **kwargs, **config.all_kwargs())
+            tuner.fn.run(**tuner.nargs, **{**kwargs, "warmup": True}, **config.all_kwargs())
     return configs
 
 

@@ -77,7 +77,7 @@ def test_the_librarys_pruning_comes_first(monkeypatch):
 
 
 def test_a_key_that_is_not_alike_is_tuned_once_and_then_serves_its_likes(tuner, monkeypatch):
-    def benchmark(call, quantiles):
+    def benchmark(call, quantiles, **limits):
         call()
         return [1.0] * len(quantiles)
 
