@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig
 from archsearch.errors import ArchsearchError
-from archsearch.model import fla_ops
 from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.model.training_path import prepare
 from archsearch.proxy.data import Windows, load_corpus, validation_windows
 from archsearch.proxy.loss import token_loss
 
@@ -128,9 +128,9 @@ class _Training:
     """A model, its optimizer and the steps that a token budget buys."""
 
     def __init__(self, model: HybridLM, config: ProxyConfig, device: torch.device) -> None:
-        self.model, self.config, self.device = model.use(_kernels(config.kernels, device)), config, device
+        self.config, self.device, self.dtype = config, device, _dtype(config.dtype, device)
+        self.model = prepare(model, config.kernels, device, self.dtype)
         self.steps = math.ceil(config.tokens / (config.batch * config.context))
-        self.dtype = _dtype(config.dtype, device)
         self.optimizer = make_optimizer(model, config)
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.every = STEPS_A_CHECK if device.type == "cuda" else 1
@@ -191,15 +191,6 @@ class _Training:
             batch = held_out[first : first + self.config.batch]
             total += self.loss(batch).double() * len(batch)
         return total.item() / len(held_out)
-
-
-def _kernels(name: str, device: torch.device) -> str:
-    """The implementation to train with; raises EnvironmentUnfit where it cannot run, rather than fall back."""
-    if name == "auto":
-        name = "fla" if device.type == "cuda" else "torch"
-    if name == "fla":
-        fla_ops.require(device)
-    return name
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -28,6 +28,7 @@ class HGRN2(Layer):
 
     residual: ClassVar[str] = "o_proj"
     paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
+    kernels: ClassVar[str] = "fla chunk_gla"
 
     def __init__(self, config: operators.HGRN2, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -40,8 +41,6 @@ class HGRN2(Layer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Mixed:
         """Run the recurrence over whole sequences."""
-        if self.path == "fla":
-            return fla_ops.gla(q, k, v, decay)
         return gla_chunked(q, k, v, decay)
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -53,6 +52,14 @@ class HGRN2(Layer):
         if state is not None:
             state["recurrent"].copy_(final)
         return self._output(o, x)
+
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        x = fla_ops.half(x)
+        q, k, v, decay = self._inputs(x)
+        o, final = fla_ops.gla(q, k.to(x.dtype), v, decay, keep=state is not None)
+        if state is not None:
+            state["recurrent"].copy_(final)
+        return self.o_proj(self.g_norm.fused(o.flatten(-2)))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         o, final = gla_step(*self._inputs(x), state["recurrent"])

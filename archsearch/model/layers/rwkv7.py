@@ -44,6 +44,7 @@ class RWKV7(Layer):
 
     residual: ClassVar[str] = "o_proj"
     paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
+    kernels: ClassVar[str] = "fla chunk_rwkv7"
     inputs: ClassVar[str] = "rwkvag"
 
     def __init__(self, config: operators.RWKV7, hidden_size: int, norm_eps: float = 1e-6) -> None:
@@ -65,8 +66,6 @@ class RWKV7(Layer):
 
     def mix(self, r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor) -> Mixed:
         """Run the recurrence over whole sequences."""
-        if self.path == "fla":
-            return fla_ops.rwkv7(r, k, v, a, b, decay, STRONGEST)
         return dplr_chunked(r, k, v, a, b, decay)
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -77,41 +76,49 @@ class RWKV7(Layer):
         }
 
     def sequence(self, x: Tensor, state: State | None) -> Tensor:
-        parts, gate = self._parts(x, F.pad(x, (0, 0, 1, -1)))
+        parts, gate = self._parts(x, F.pad(x, (0, 0, 1, -1)), accumulator(x.dtype))
         o, final = self.mix(*parts)
-        if state is not None:
-            state["conv"].copy_(x[:, -1:])
-            state["recurrent"].copy_(final)
+        self._keep(state, x, final)
+        return self._output(o, parts, gate)
+
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        x = fla_ops.half(x)
+        parts, gate = self._parts(x, F.pad(x, (0, 0, 1, -1)), x.dtype)
+        o, final = fla_ops.rwkv7(*parts, STRONGEST, keep=state is not None)
+        self._keep(state, x, final)
         return self._output(o, parts, gate)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
-        parts, gate = self._parts(x, state["conv"][:, 0].to(x.dtype))
+        parts, gate = self._parts(x, state["conv"][:, 0].to(x.dtype), accumulator(x.dtype))
         o, final = dplr_step(*parts, state["recurrent"])
-        state["conv"].copy_(x[:, None])
-        state["recurrent"].copy_(final)
+        self._keep(state, x[:, None], final)
         return self._output(o, parts, gate)
 
-    def _parts(self, x: Tensor, previous: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the recurrence takes, split into heads, and the output gate."""
+    def _keep(self, state: State | None, x: Tensor, final: Tensor | None) -> None:
+        if state is not None and final is not None:
+            state["conv"].copy_(x[:, -1:])
+            state["recurrent"].copy_(final)
+
+    def _parts(self, x: Tensor, previous: Tensor, exact: torch.dtype) -> tuple[list[Tensor], Tensor]:
+        """What the recurrence takes in the type ``exact``, split into heads, and the output gate."""
         delta = previous - x
-        r, w, k, v, a, g = (x + delta * self.get_parameter(f"x_{name}").to(x.dtype) for name in self.inputs)
+        mixes = (self.get_parameter(f"x_{name}").to(x.dtype) for name in self.inputs)
+        r, w, k, v, a, g = (torch.addcmul(x, delta, mix) for mix in mixes)
         r, k, v, gate = self.r_proj(r), self.k_proj(k), self.v_proj(v), self.g_lora(g)
-        exact = accumulator(k.dtype)
         decay, rate = STRONGEST * self.w_lora(w).to(exact).sigmoid(), self.a_lora(a).to(exact).sigmoid()
         k = k.to(exact)
-        removal = l2_normalize((k * self.k_k.to(exact)).unflatten(-1, (self.heads, -1)))
-        k = k * (1 + (rate - 1) * self.k_a.to(exact))
+        removal = l2_normalize((k * self.k_k.to(exact)).unflatten(-1, (self.heads, -1))).to(exact)
+        k = torch.addcmul(k, k * (rate - 1), self.k_a.to(exact))
         r, k, v, rate, decay = (t.unflatten(-1, (self.heads, -1)) for t in (r, k, v, rate, decay))
         return [r, k, v, -removal, removal * rate, decay], gate
 
     def _output(self, o: Tensor, parts: list[Tensor], gate: Tensor) -> Tensor:
         """Norm a head, the current token's bonus, gate, projection."""
-        exact = accumulator(o.dtype)
-        r, k, v = (t.to(exact) for t in parts[:3])
-        bonus = (r * k * self.r_k.to(exact).unflatten(-1, (self.heads, -1))).sum(-1, keepdim=True) * v
-        centred = F.layer_norm(o.to(exact), (self.head_dim,), eps=self.norm_eps).flatten(-2)
-        normed = centred * self.g_norm.weight.to(exact) + self.g_norm.bias.to(exact)
-        return self.o_proj(((normed + bonus.flatten(-2)) * gate.to(exact)).to(gate.dtype))
+        r, k, v = (t.to(o.dtype) for t in parts[:3])
+        bonus = (r * k * self.r_k.to(o.dtype).unflatten(-1, (self.heads, -1))).sum(-1, keepdim=True) * v
+        centred = F.layer_norm(o, (self.head_dim,), eps=self.norm_eps).flatten(-2)
+        normed = torch.addcmul(self.g_norm.bias.to(o.dtype), centred, self.g_norm.weight.to(o.dtype))
+        return self.o_proj(((normed + bonus.flatten(-2)) * gate.to(o.dtype)).to(gate.dtype))
 
     @torch.no_grad()
     def init_weights(self, generator: Generator | None, residual_std: float) -> None:
