@@ -155,6 +155,29 @@ def ssd_linear(
     return o + skip.to(o.dtype)[:, None] * x, state
 
 
+def selective_scan(
+    c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, z: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state if ``keep``.
+
+    Args:
+        c: [B, T, state], reads the state.
+        b: [B, T, state], writes to it.
+        x: [B, T, inner].
+        dt: [B, T, inner] before bias and softplus.
+        rate: [inner, state], A (negative), fp32.
+        skip: [inner], D, fp32.
+        z: [B, T, inner].
+        dt_bias: [inner], fp32.
+        keep: whether to return the state after the last token.
+    """
+    scan = operator("mamba_ssm.ops.selective_scan_interface:selective_scan_fn")
+    x, dt, b, c, z = (t.mT.contiguous() for t in (x, dt, b, c, z))
+    found = scan(x, dt, rate, b, c, skip, z, dt_bias, delta_softplus=True, return_last_state=keep)
+    o, state = found if keep else (found, None)
+    return o.mT, state
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention through a flash kernel, [B, T, heads, D]; never through a dense matrix of scores."""
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -14,12 +14,14 @@ from archsearch.operators.gated_delta_net import GatedDeltaNet
 from archsearch.operators.gla import GLA
 from archsearch.operators.hgrn2 import HGRN2
 from archsearch.operators.kda import KDA
+from archsearch.operators.mamba import Mamba
 from archsearch.operators.mamba2 import Mamba2
 from archsearch.operators.rwkv7 import RWKV7
 
 OPERATORS: dict[str, type[OperatorConfig]] = {
     "a": Attention,
     "w": SlidingWindowAttention,
+    "m": Mamba,
     "m2": Mamba2,
     "d": DeltaNet,
     "gd": GatedDeltaNet,
@@ -40,6 +42,7 @@ __all__ = [
     "Attention",
     "DeltaNet",
     "GatedDeltaNet",
+    "Mamba",
     "Mamba2",
     "OperatorConfig",
     "SlidingWindowAttention",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from archsearch.errors import EnvironmentUnfit
 from tests.kits import operator_kit as kit
 from tests.kits.operator_kit import Case
 
@@ -23,6 +24,7 @@ CASES = [
     Case("a", 512, {"head_dim": 128}),
     Case("w", 256, {"head_dim": 64, "kv_heads": 2, "window": 70}),
     Case("w", 512, {"head_dim": 128, "window": 64}),
+    Case("m", 256, {}),
     Case("m2", 128, {"head_dim": 64, "state": 64, "groups": 2}),
     Case("m2", 128, {"head_dim": 64, "state": 128}),
     Case("d", 256, {"head_dim": 64}),
@@ -49,15 +51,24 @@ def _poisoned_memory(monkeypatch):
     kit.poison_empty(monkeypatch)
 
 
+def skip_without_libraries(case: Case) -> None:
+    try:
+        case.build(torch.float32).require()
+    except EnvironmentUnfit as error:
+        pytest.skip(error.cause)
+
+
 @each_case
 @pytest.mark.parametrize("length", kit.LENGTHS)
 def test_training_path_agrees_with_the_reference(case, length):
+    skip_without_libraries(case)
     kit.check_training_path(case, length, "cuda", BOUNDS)
 
 
 @each_case
 @pytest.mark.parametrize("prompt", [1, 65, 128])
 def test_prefill_then_step_agrees_with_the_reference(case, prompt):
+    skip_without_libraries(case)
     kit.check_prefill_on_training_path(case, prompt, 140, "cuda", 5e-2)
 
 

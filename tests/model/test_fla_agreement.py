@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Mamba2Config
+from transformers import Mamba2Config, MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, ssd_chunked
@@ -240,5 +241,15 @@ def test_mamba2_layer_equals_that_of_transformers():
     )
     theirs = Mamba2Mixer(config, layer_idx=0)
     theirs.load_state_dict(layer.state_dict())
+    x = torch.randn(BATCH, LENGTH, 64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(layer(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_mamba_layer_equals_that_of_transformers():
+    layer = layer_of("m", 64, state=8)
+    theirs = MambaMixer(MambaConfig(hidden_size=64, state_size=8, expand=2), layer_idx=0)
+    shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
+    theirs.load_state_dict({name: weight.reshape(shapes[name]) for name, weight in layer.state_dict().items()})
     x = torch.randn(BATCH, LENGTH, 64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(layer(x), theirs(x), rtol=1e-4, atol=1e-5)

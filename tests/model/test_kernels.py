@@ -31,6 +31,13 @@ from archsearch.model.kernels.gemm import gemm_shape
 from archsearch.model.kernels.gla import Decay, gla_step, gla_step_reference
 from archsearch.model.kernels.hgrn2 import hgrn2_step, hgrn2_step_reference
 from archsearch.model.kernels.kda import KDAGates, kda_step, kda_step_reference
+from archsearch.model.kernels.mamba import (
+    Selective,
+    selective_project,
+    selective_project_reference,
+    selective_step,
+    selective_step_reference,
+)
 from archsearch.model.kernels.projection import (
     Epilogue,
     Norm,
@@ -58,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gl": {"head_dim": 24},
     "hg": {"head_dim": 48},
     "r7": {"head_dim": 24, "decay_rank": 8, "rate_rank": 40},
+    "m": {"state": 12, "dt_rank": 40},
     "m2": {"head_dim": 32, "state": 16, "groups": 2},
     "f": {"ratio": 2, "multiple_of": 32},
 }
@@ -301,6 +309,22 @@ def test_rwkv7_kernel(heads: int, d: int, ranks: tuple[int, int, int]) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize(("inner", "k", "rank", "taps"), [(64, 16, 8, 4), (1100, 5, 40, 3)])
+def test_mamba_kernels(inner: int, k: int, rank: int, taps: int) -> None:
+    batch, part = 2, convolution(2, inner, taps, bias=True)
+    down, convolved = torch.randn(rank + 2 * k, inner) * inner**-0.5, poisoned(batch, inner)
+    selected = poisoned(batch, rank + 2 * k)
+    own = torch.randn(inner, rank) * rank**-0.5, torch.randn(inner), -torch.rand(inner, k), torch.randn(inner)
+    state, mixed = torch.randn(batch, inner, k), poisoned(batch, inner)
+    for here in (0, taps):
+        x = torch.randn(batch, 2 * inner)
+        args = x, part, torch.tensor(here), down, convolved, selected
+        agree(selective_project, selective_project_reference, args, [convolved, selected, part.ring])
+        args = x, convolved, selected, Selective(*own), state, mixed
+        agree(selective_step, selective_step_reference, args, [state, mixed])
+
+
+@interpreted
 def test_read_kernel() -> None:
     x = torch.randint(-999, 999, (2 * 16384,), dtype=torch.int32)
     out = torch.zeros(2, dtype=torch.int32)
@@ -347,7 +371,7 @@ plain = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 
 
 @plain
-@pytest.mark.parametrize("kinds", [*KINDS, "a f d m2 f w gd kda gl r7 f"])
+@pytest.mark.parametrize("kinds", [*KINDS, "a f d m2 f w gd kda gl r7 m f"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_plan_follows_the_model(kinds: str, batch: int) -> None:
     model = model_of(kinds, meta_tokens=3 * (batch == 1), tie_embeddings=batch == 1)
@@ -363,7 +387,7 @@ def test_plan_follows_the_model(kinds: str, batch: int) -> None:
 @plain
 @pytest.mark.parametrize("prompt", [1, 2, 9])
 def test_plan_goes_on_from_a_prefill(prompt: int) -> None:
-    model = model_of("a d w m2 gl r7 gd kda f", meta_tokens=2)
+    model = model_of("a d w m2 m gl r7 gd kda hg f", meta_tokens=2)
     plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
     state = model.allocate_state(2, 20)
     with torch.no_grad():
@@ -389,8 +413,8 @@ def test_plan_feeds_its_own_tokens_back() -> None:
 def test_equal_fusion() -> None:
     plan = DecodePlan(model_of(" ".join(OPTIONS)), 1, 8, TORCH)
     mixers = dict.fromkeys(OPTIONS, 3)
-    assert plan.kernels == {**mixers, "f": 2, "head": 2}
-    assert plan.kernels_per_token == (len(OPTIONS) - 1) * 3 + 2 + 2
+    assert plan.kernels == {**mixers, "m": 4, "f": 2, "head": 2}
+    assert plan.kernels_per_token == (len(OPTIONS) - 1) * 3 + 1 + 2 + 2
     assert not plan.plain
 
 

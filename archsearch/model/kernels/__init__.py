@@ -13,6 +13,12 @@ from archsearch.model.kernels.delta import delta_step, delta_step_reference
 from archsearch.model.kernels.gla import gla_step, gla_step_reference
 from archsearch.model.kernels.hgrn2 import hgrn2_step, hgrn2_step_reference
 from archsearch.model.kernels.kda import kda_step, kda_step_reference
+from archsearch.model.kernels.mamba import (
+    selective_project,
+    selective_project_reference,
+    selective_step,
+    selective_step_reference,
+)
 from archsearch.model.kernels.projection import head, head_reference, project, project_reference
 from archsearch.model.kernels.rwkv7 import rwkv7_step, rwkv7_step_reference
 from archsearch.model.kernels.shift import shift_project, shift_project_reference
@@ -33,6 +39,8 @@ class Kernels:
     kda: Launch
     gla: Launch
     hgrn2: Launch
+    selective_project: Launch
+    selective_step: Launch
     ssd: Launch
     rwkv7: Launch
     head: Launch
@@ -47,6 +55,8 @@ TRITON = Kernels(
     kda=kda_step,
     gla=gla_step,
     hgrn2=hgrn2_step,
+    selective_project=selective_project,
+    selective_step=selective_step,
     ssd=ssd_step,
     rwkv7=rwkv7_step,
     head=head,
@@ -60,6 +70,8 @@ TORCH = Kernels(
     kda=kda_step_reference,
     gla=gla_step_reference,
     hgrn2=hgrn2_step_reference,
+    selective_project=selective_project_reference,
+    selective_step=selective_step_reference,
     ssd=ssd_step_reference,
     rwkv7=rwkv7_step_reference,
     head=head_reference,

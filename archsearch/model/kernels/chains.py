@@ -1,7 +1,8 @@
 """How each operator kind decodes one token: merged weights, static state, and a chain of launches.
 
 All mixers take three kernels (norm and input projections; everything between; output projection and residual)
-and an FFN two, so that no kind is slow only because it is fused less than another.
+and an FFN two, so that no kind is slow only because it is fused less than another. Mamba, the first, takes four:
+what its channels select by is itself a projection of all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from archsearch.model.kernels.convolution import Output, value_rows
 from archsearch.model.kernels.delta import DeltaGates
 from archsearch.model.kernels.gla import Decay
 from archsearch.model.kernels.kda import KDAGates
+from archsearch.model.kernels.mamba import Selective
 from archsearch.model.kernels.projection import Epilogue, Norm
 from archsearch.model.kernels.rwkv7 import TimeMix
 from archsearch.model.kernels.shift import BLOCK, Shift
@@ -140,6 +142,20 @@ def _hgrn2(layer: Residual, work: Workspace) -> Chain:
     return Chain(layer.kind, launches, {"recurrent": state})
 
 
+def _mamba(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.Mamba, layer.op)
+    projected, launches = projection(layer, work, op.in_proj.weight.detach())
+    convolution, steps = ring(work, op.conv1d), op.dt_proj
+    channels = Selective(*(t.detach() for t in (steps.weight, steps.bias, op.rates().float(), op.D)))
+    state = work.zeros(op.inner, op.state_size, dtype=torch.float32)
+    convolved, mixed = work.activations("convolved", op.inner), work.activations("mixed", op.inner)
+    selected, down = work.activations("selected", op.x_proj.out_features), op.x_proj.weight.detach()
+    select = partial(work.kernels.selective_project, projected, convolution, work.position, down, convolved, selected)
+    step = partial(work.kernels.selective_step, projected, convolved, selected, channels, state, mixed)
+    launches += [select, step, *residual(work, mixed, op.out_proj.weight)]
+    return Chain(layer.kind, launches, {"conv": convolution.ring, "recurrent": state})
+
+
 def _mamba2(layer: Residual, work: Workspace) -> Chain:
     op = cast(layers.Mamba2, layer.op)
     projected, launches = projection(layer, work, op.in_proj.weight.detach())
@@ -188,6 +204,7 @@ CHAINS: dict[type, Callable[[Residual, Workspace], Chain]] = {
     layers.KDA: _kda,
     layers.GLA: _gla,
     layers.HGRN2: _hgrn2,
+    layers.Mamba: _mamba,
     layers.Mamba2: _mamba2,
     layers.RWKV7: _rwkv7,
 }

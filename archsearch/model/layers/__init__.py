@@ -13,12 +13,14 @@ from archsearch.model.layers.gated_delta_net import GatedDeltaNet
 from archsearch.model.layers.gla import GLA
 from archsearch.model.layers.hgrn2 import HGRN2
 from archsearch.model.layers.kda import KDA
+from archsearch.model.layers.mamba import Mamba
 from archsearch.model.layers.mamba2 import Mamba2
 from archsearch.model.layers.rwkv7 import RWKV7
 
 LAYERS: dict[str, type[Layer]] = {
     "a": Attention,
     "w": SlidingWindowAttention,
+    "m": Mamba,
     "m2": Mamba2,
     "d": DeltaNet,
     "gd": GatedDeltaNet,
@@ -40,6 +42,7 @@ __all__ = [
     "DeltaNet",
     "GatedDeltaNet",
     "Layer",
+    "Mamba",
     "Mamba2",
     "SlidingWindowAttention",
     "State",

@@ -127,6 +127,11 @@ def init_decay(a_log: Tensor, dt_bias: Tensor, low: float, generator: Generator 
     """
     rates = torch.empty_like(a_log, dtype=torch.float32).uniform_(low, 16, generator=generator)
     a_log.copy_(rates.log())
+    init_steps(dt_bias, generator)
+
+
+def init_steps(dt_bias: Tensor, generator: Generator | None) -> None:
+    """Time steps log-uniform in [0.001, 0.1]: ``dt_bias`` takes their inverse softplus."""
     ends = math.log(0.001), math.log(0.1)
     steps = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(*ends, generator=generator).exp()
     dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))
