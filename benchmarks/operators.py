@@ -7,9 +7,9 @@ apart. Each row also says how far output and gradients are from the plain-torch 
     python benchmarks/operators.py --json operators.json
     python benchmarks/operators.py --startup --json startup.json
 
-Their kernels are tuned in full by Triton, which takes minutes at each width; the side ``full`` does the same to
-ours, to show what the shipped configurations cost. ``--startup`` times the way of fresh processes, one a kind and all at
-once, to the end of their first step: with an empty cache, and again with what that left.
+Their kernels are tuned in full by Triton, which takes minutes at each width; the side ``full`` does the same
+to ours, to show what the shipped configurations cost. ``--startup`` times fresh processes, one a kind and all
+at once, to the end of their first step: with an empty cache, and again with what that left.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from archsearch.errors import ConfigError
 from archsearch.model.fla_library import installed, operator
 
+ALIGNED = 16
+"""Columns that keep the rows of a 16-bit product aligned for matrix units."""
+
 SCAN_CHUNK = 256
 """Tokens a chunk of mamba-ssm's scan: its own default."""
 
@@ -40,26 +43,36 @@ def half_dtype(x: Tensor) -> torch.dtype:
 
 def project(x: Tensor, *layers: nn.Linear) -> Tensor:
     """The outputs of several projections of ``x`` (what ``half`` gives) side by side, by one matrix product."""
-    weight = _SideBySide.apply(x.dtype, *(layer.weight for layer in layers))
+    weight = _SideBySide.apply(x.dtype, 1, *(layer.weight for layer in layers))
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return F.linear(x, weight, torch.cat(biases).to(x.dtype) if biases else None)
 
 
+def project_apart(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """The outputs of several projections without bias as views of one product, for those that few columns have."""
+    weight = _SideBySide.apply(x.dtype, ALIGNED, *(layer.weight for layer in layers))
+    sizes = [layer.out_features for layer in layers]
+    return F.linear(x, weight).split([*sizes, len(weight) - sum(sizes)], dim=-1)[:-1]
+
+
 class _SideBySide(torch.autograd.Function):
-    """Weights cast and joined in one pass; their gradient is a view of the product's."""
+    """Weights cast and joined in one pass, filled up with rows of zeros to a multiple."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, dtype: torch.dtype, multiple: int, *weights: Tensor) -> Tensor:
         ctx.sizes = [len(weight) for weight in weights]
         ctx.dtypes = [weight.dtype for weight in weights]
-        merged = weights[0].new_empty(sum(ctx.sizes), weights[0].shape[1], dtype=dtype)
-        for part, weight in zip(merged.split(ctx.sizes), weights, strict=True):
+        rows = sum(ctx.sizes)
+        merged = weights[0].new_empty(rows + -rows % multiple, weights[0].shape[1], dtype=dtype)
+        for part, weight in zip(merged[:rows].split(ctx.sizes), weights, strict=True):
             part.copy_(weight)
+        merged[rows:].zero_()
         return merged
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(part.to(dtype) for part, dtype in zip(grad.split(ctx.sizes), ctx.dtypes, strict=True))
+        parts = grad[: sum(ctx.sizes)].split(ctx.sizes)
+        return None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True))
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:

@@ -12,10 +12,14 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from archsearch.model import self_check
-from archsearch.model.fused import convolution, heads, norm, swiglu
-from archsearch.operators import FFN
+from archsearch.model import fla_ops, self_check
+from archsearch.model.fused import convolution, decay, heads, norm, swiglu
+from archsearch.model.layers import LAYERS
+from archsearch.model.layers.attention import windowed_attention
+from archsearch.model.recurrence import delta_rule_chunked, gla_chunked, ssd_chunked
+from archsearch.operators import FFN, OPERATORS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
@@ -54,6 +58,12 @@ def test_swiglu(inner):
 
 
 @interpreted
+def test_log_decay():
+    x = [draw(2, 700, seed=0)]
+    agree(lambda x: [decay.log_decay(20 * x[0], 3)], lambda x: [decay.log_decay_reference(20 * x[0], 3)], x)
+
+
+@interpreted
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("dim", "length"), [(8, 5), (24, 17)])
 def test_split_heads(norm, dim, length):
@@ -68,7 +78,7 @@ def test_split_heads(norm, dim, length):
 
 
 @interpreted
-@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("length", [2, 20])
 @pytest.mark.parametrize(("dims", "taps", "bias", "normed"), [([8, 8, 12], 4, False, 2), ([16, 24, 24], 3, True, 0)])
 def test_convolve(length, dims, taps, bias, normed):
     weights = [draw(2 * dim, 1, taps, seed=dim) for dim in dims]
@@ -115,3 +125,72 @@ def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
     wrong = self_check.agreement.__wrapped__(config, 16, cpu, 5)
     assert not wrong.sound
     assert wrong.errors["output"] == found.errors["output"]
+
+
+def without_library(monkeypatch) -> None:
+    """The library's recurrences replaced by ours, so that all that surrounds them runs on a CPU."""
+
+    def gated(q, k, v, beta, decay, a_log, dt_bias, *, keep):
+        decay = -a_log.exp() * F.softplus(decay.float() + dt_bias)
+        return delta_rule_chunked(q, k, v, beta.float().sigmoid(), decay)
+
+    def ssd(c, b, x, dt, rate, skip, dt_bias, *, keep):
+        dt = F.softplus(dt.float() + dt_bias)
+        o, state = ssd_chunked(c, b, x * dt[..., None], dt * rate)
+        return (o + skip[:, None] * x).to(x.dtype), state
+
+    def attention(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def windowed(q, k, v, window):
+        return windowed_attention(*(t.transpose(1, 2) for t in (q, k, v)), window).transpose(1, 2)
+
+    monkeypatch.setattr(fla_ops, "delta_rule", lambda *args, keep: halved(delta_rule_chunked(*args)))
+    monkeypatch.setattr(fla_ops, "gated_delta_rule", lambda *args, keep: halved(gated(*args, keep=keep)))
+    monkeypatch.setattr(fla_ops, "gla", lambda *args, keep: halved(gla_chunked(*args)))
+    monkeypatch.setattr(fla_ops, "ssd", ssd)
+    monkeypatch.setattr(fla_ops, "attention", attention)
+    monkeypatch.setattr(fla_ops, "windowed_attention", windowed)
+
+
+def halved(mixed):
+    return mixed[0].bfloat16(), mixed[1]
+
+
+CASES = [
+    ("a", 32, {"head_dim": 8, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}),
+    ("w", 32, {"head_dim": 16, "window": 5}),
+    ("m2", 32, {"head_dim": 8, "state": 16, "groups": 2}),
+    ("d", 32, {"head_dim": 8, "heads": 3, "conv": 3}),
+    ("gd", 32, {"head_dim": 8, "expand_v": 1.5, "heads": 3}),
+    ("gl", 64, {"head_dim": 16, "gate_rank": 5}),
+    ("f", 32, {"multiple_of": 8}),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "hidden", "options"), CASES, ids=[case[0] for case in CASES])
+def test_fused_layers_agree_with_the_reference(kind, hidden, options, monkeypatch):
+    without_library(monkeypatch)
+    found = self_check.agreement(OPERATORS[kind].model_validate(options), hidden, torch.device("cpu"), 10)
+    assert found.sound, found.errors
+
+
+@interpreted
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "hidden", "options"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("length", [2, 9])
+def test_fused_prefill_leaves_the_state_of_the_reference(kind, hidden, options, length, monkeypatch):
+    without_library(monkeypatch)
+    layer = LAYERS[kind](OPERATORS[kind].model_validate(options), hidden)
+    layer.init_weights(torch.Generator().manual_seed(0), 0.1)
+    x, cpu = draw(2, length, hidden, seed=1), torch.device("cpu")
+    states = []
+    for path in ("torch", "fla"):
+        layer.path = path
+        states.append(layer.allocate_state(2, 12, cpu, torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer.prefill(x, states[-1])
+    for name, expected in states[0].items():
+        torch.testing.assert_close(states[1][name], expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))

@@ -81,7 +81,7 @@ def test_a_kernel_that_is_off_makes_the_candidate_invalid(hopper, monkeypatch, f
     monkeypatch.setattr(self_check, "agreement", lambda *args: Agreement(found))
     monkeypatch.setattr(self_check, "miscompiles", lambda device: True)
     model = model_of(head_dim=16)
-    with pytest.raises(WrongKernels, match="operator a .* at width 64 are off by") as error:
+    with pytest.raises(WrongKernels, match=r"operator a .* at width 64 are off by") as error:
         prepared(model)
     assert "known to miscompile" in error.value.cause
     assert classify(error.value) is Outcome.INVALID_MEASUREMENT
@@ -93,7 +93,7 @@ def test_a_kernel_that_does_not_run_makes_the_candidate_invalid(hopper, monkeypa
         raise RuntimeError("no kernel image\nand more")
 
     monkeypatch.setattr(self_check, "agreement", broken)
-    with pytest.raises(WrongKernels, match="do not run: RuntimeError: no kernel image$"):
+    with pytest.raises(WrongKernels, match=r"do not run: RuntimeError: no kernel image$"):
         prepared(model_of(head_dim=16))
 
 

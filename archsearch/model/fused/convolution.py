@@ -100,7 +100,8 @@ def _launch(x: Tensor, parts: list[Tensor], normed: int) -> tuple[tuple[int, int
     block = triton.next_power_of_2(max(dims))
     rows = max(1, TILE // block)
     sizes |= {"BLOCK": block, "ROWS": rows, "NORMED": sum(heads[:normed]), "EPS": L2_EPS, "num_warps": 4}
-    return (triton.cdiv(x.shape[1], STEPS * rows), sum(heads), x.shape[0]), sizes | {"STEPS": STEPS}
+    steps = min(STEPS, triton.cdiv(x.shape[1], rows))
+    return (triton.cdiv(x.shape[1], steps * rows), sum(heads), x.shape[0]), sizes | {"STEPS": steps}
 
 
 @triton.jit

@@ -48,11 +48,7 @@ class DeltaRule(Layer):
         return delta_rule_chunked(l2_normalize(q), l2_normalize(k), v, beta, decay)
 
     def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """The recurrence over normalised heads, through a kernel; ``x`` gives the gates."""
-        raise NotImplementedError
-
-    def normed_fused(self, o: Tensor, x: Tensor) -> Tensor:
-        """``normed`` by one kernel."""
+        """The recurrence over normalised heads through a kernel, then the output norm; ``x`` gives the gates."""
         raise NotImplementedError
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -81,7 +77,7 @@ class DeltaRule(Layer):
         if state is not None:
             ShortConvolution.keep(projected, state["conv"])
             state["recurrent"].copy_(final)
-        return self.o_proj(self.normed_fused(o, x).flatten(-2))
+        return self.o_proj(o.flatten(-2))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         caches = self._caches(state)
@@ -126,10 +122,8 @@ class DeltaNet(DeltaRule):
         return None
 
     def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        return fla_ops.delta_rule(q, k, v, self.b_proj(x).sigmoid(), keep=keep)
-
-    def normed_fused(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.o_norm.fused(o)
+        o, final = fla_ops.delta_rule(q, k, v, self.b_proj(x).sigmoid(), keep=keep)
+        return self.o_norm.fused(o), final
 
     def normed(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o)

@@ -37,11 +37,9 @@ class GatedDeltaNet(DeltaRule):
         return self.o_norm(o) * F.silu(self.g_proj(x).unflatten(-1, (self.heads, -1)).to(o.dtype))
 
     def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        decay, beta = fla_ops.project(x, self.a_proj, self.b_proj).chunk(2, dim=-1)
-        return fla_ops.gated_delta_rule(q, k, v, beta, decay, self.A_log, self.dt_bias, keep=keep)
-
-    def normed_fused(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.o_norm.fused(o, self.g_proj(x).unflatten(-1, (self.heads, -1)))
+        gate, decay, beta = fla_ops.project_apart(x, self.g_proj, self.a_proj, self.b_proj)
+        o, final = fla_ops.gated_delta_rule(q, k, v, beta, decay, self.A_log, self.dt_bias, keep=keep)
+        return self.o_norm.fused(o, gate.unflatten(-1, (self.heads, -1))), final
 
     @torch.no_grad()
     def init_weights(self, generator: Generator | None, residual_std: float) -> None:

@@ -56,11 +56,17 @@ class GLA(Layer):
         return self._output(o, x)
 
     def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.decay import log_decay
+
         x = fla_ops.half(x)
-        o, final = fla_ops.gla(*self._inputs(x), keep=state is not None)
+        gate, low = fla_ops.project_apart(x, self.g_proj, self.gk_proj[0])
+        decay = log_decay(self.gk_proj[1](low), self.gate_normalizer)
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), decay
+        q, k, v, decay = (t.unflatten(-1, (self.heads, -1)) for t in projected)
+        o, final = fla_ops.gla(q, k, v, decay, keep=state is not None)
         if state is not None:
             state["recurrent"].copy_(final)
-        gate = self.g_proj(x).unflatten(-1, (self.heads, -1))
+        gate = gate.unflatten(-1, (self.heads, -1))
         return self.o_proj(self.g_norm_swish_gate.fused(o, gate).flatten(-2))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
