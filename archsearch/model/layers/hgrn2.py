@@ -54,9 +54,13 @@ class HGRN2(Layer):
         return self._output(o, x)
 
     def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.decay import log_decay
+
         x = fla_ops.half(x)
-        q, k, v, decay = self._inputs(x)
-        o, final = fla_ops.gla(q, k.to(x.dtype), v, decay, keep=state is not None)
+        forget = self.f_proj(x)
+        inputs = F.silu(self.q_proj(x)), (-forget).sigmoid(), self.i_proj(x), log_decay(forget, 1.0)
+        heads = (t.unflatten(-1, (self.heads, -1)) for t in inputs)
+        o, final = fla_ops.gla(*heads, keep=state is not None)
         if state is not None:
             state["recurrent"].copy_(final)
         return self.o_proj(self.g_norm.fused(o.flatten(-2)))
