@@ -133,24 +133,7 @@ def gla_chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Mixed:
     total = decay.cumsum(-2)
     last = total[..., -1:, :]
     before, state = _carry((k * (last - total).exp()).mT @ v, last.exp().mT)
-    return _join((q * total.exp()) @ before + _gla_within(q, k, v, total), length), state.mT
-
-
-def _gla_within(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> Tensor:
-    """What the tokens of a chunk read from each other, by halving the chunk.
-
-    The later half reads the earlier one through decays measured from their border, which are at most 1
-    on both sides: no decay, however strong, overflows. Then each half does the same.
-    """
-    output = (q * k).sum(-1, keepdim=True) * v
-    width = q.shape[-2] // 2
-    while width:
-        (_, late_q), (early_k, _), (early_v, _), (early, late) = (_halves(t, width) for t in (q, k, v, total))
-        border = early[..., -1:, :]
-        read = (late_q * (late - border).exp()) @ (early_k * (border - early).exp()).mT @ early_v
-        output = output + torch.stack([torch.zeros_like(read), read], -3).flatten(-4, -2)
-        width //= 2
-    return output
+    return _join((q * total.exp()) @ before + _decayed_scores(q, k, total, total) @ v, length), state.mT
 
 
 def _halves(x: Tensor, width: int) -> tuple[Tensor, Tensor]:

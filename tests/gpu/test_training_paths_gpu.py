@@ -32,6 +32,10 @@ OPTIONS = [
     ("gd", 256, {"head_dim": 64, "expand_v": 2.0}),
     ("gd", 240, {"head_dim": 24}),
     ("gl", 256, {"head_dim": 64, "expand_k": 1.0}),
+    ("kda", 192, {"head_dim": 96, "gate_rank": 24}),
+    ("kda", 256, {"head_dim": 64, "expand_v": 2.0}),
+    ("r7", 192, {"head_dim": 96, "gate_rank": 5}),
+    ("hg", 192, {"head_dim": 96}),
     ("f", 200, {"ratio": 1.7, "multiple_of": 8}),
 ]
 
