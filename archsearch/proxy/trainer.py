@@ -21,8 +21,8 @@ from torch import Tensor
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig
 from archsearch.errors import ArchsearchError
-from archsearch.model import fla_ops
 from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.model.training_path import prepare
 from archsearch.proxy.checkpoint import Curve, Progress, load_checkpoint, save_checkpoint
 from archsearch.proxy.data import Windows, load_corpus, validation_windows
 from archsearch.proxy.loss import loss_path
@@ -166,7 +166,7 @@ class _Training:
             self.windows = Windows(corpus.train, config.context, seed)
         with clock("build"):
             self.dtype = _dtype(config.dtype, device)
-            self.model = build_model(architecture, seed, device).use(_kernels(config.kernels, device))
+            self.model = prepare(build_model(architecture, seed, device), config.kernels, device, self.dtype)
             self.step = TrainingStep(self.model, config, self.dtype, device)
         self.steps = self.steps_for(config.tokens)
         self.every = STEPS_A_CHECK if device.type == "cuda" else 1
@@ -273,15 +273,6 @@ class _Training:
         self.done, self.curve = progress.steps, list(progress.curve)
         set_step(self.step.optimizer, self.done)
         return self.tokens(self.done)
-
-
-def _kernels(name: str, device: torch.device) -> str:
-    """The implementation to train with; raises EnvironmentUnfit where it cannot run, rather than fall back."""
-    if name == "auto":
-        name = "fla" if device.type == "cuda" else "torch"
-    if name == "fla":
-        fla_ops.require(device)
-    return name
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
