@@ -1,0 +1,206 @@
+"""Training sequences: which tokens make batch n, and how they reach the device before the step wants them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from archsearch.proxy.tokenizer import Tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ROUNDS = 6
+"""Of the Feistel network; four already make a pseudorandom permutation (Luby and Rackoff 1988)."""
+AHEAD = 4
+"""Batches that a thread keeps ready where the tokens do not live on the device."""
+RESIDENT_BYTES = 2**31
+"""Tokens up to this size are kept on a GPU, if they are at most ``RESIDENT_SHARE`` of its free memory."""
+RESIDENT_SHARE = 0.125
+STARTS = 2**16
+"""Windows whose places are computed and sent to the device at once."""
+Ints = npt.NDArray[np.int64]
+
+
+class Windows:
+    """Training sequences in an order fixed by the seed, whatever the batch size and the number of workers.
+
+    Each epoch cuts the tokens into windows of ``context + 1`` (inputs and, one later, targets) from
+    another offset and permutes them. Window ``n`` depends on (tokens, context, seed, n) alone, and costs
+    the same for any n: a training can stop and go on anywhere. Nothing is kept from call to call, so
+    one object serves many threads, and memory does not grow with the tokens.
+
+    Args:
+        tokens: [n] of any unsigned type, memory-mapped or not; more than ``context`` of them.
+        context: tokens a sequence.
+        seed: of the order.
+    """
+
+    def __init__(self, tokens: Tokens, context: int, seed: int) -> None:
+        self.tokens, self.context, self.seed = tokens, context, seed
+        self.an_epoch = max((len(tokens) - 1) // context - 1, 1)
+
+    def batch(self, first: int, count: int) -> Ints:
+        """Windows ``first`` to ``first + count - 1`` as an array [count, context + 1]."""
+        rows = [self.tokens[start : start + self.context + 1] for start in self.starts(first, count).tolist()]
+        return np.stack(rows).astype(np.int64)
+
+    def starts(self, first: int, count: int) -> Ints:
+        """Where each of these windows begins in ``tokens``: [count]."""
+        epochs, places = np.divmod(np.arange(first, first + count), self.an_epoch)
+        found = np.empty(count, np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            slack = len(self.tokens) - 1 - self.an_epoch * self.context
+            offset = np.random.default_rng([self.seed, epoch]).integers(slack + 1)
+            found[here] = permute(places[here], self.an_epoch, (self.seed, epoch)) * self.context + offset
+        return found
+
+
+def permute(indices: Ints, size: int, key: tuple[int, ...]) -> Ints:
+    """A permutation of range(``size``) that ``key`` picks, at ``indices`` alone, in constant memory.
+
+    A Feistel network over the next power of four, walked until it lands inside (Black and Rogaway 2002):
+    one to four rounds of walking on average.
+    """
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    keys = np.random.default_rng([*key, 1]).integers(2**63, size=ROUNDS, dtype=np.uint64)
+    found = indices.astype(np.uint64)
+    outside = np.ones(len(found), bool)
+    while outside.any():
+        found[outside] = _feistel(found[outside], np.uint64(half), keys)
+        outside = found >= size
+    return found.astype(np.int64)
+
+
+def _feistel(values: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for key in keys:
+        mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps, as a hash may
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+    return (left << half) | right
+
+
+def validation_windows(tokens: Tokens, context: int, wanted: int) -> Ints:
+    """Non-overlapping windows [n, context + 1], about ``wanted`` tokens spread evenly over ``tokens``."""
+    held = (len(tokens) - 1) // context
+    count = min(max(wanted // context, 1), held)
+    starts = np.arange(count) * held // count * context
+    return tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+
+
+# On a device
+
+
+def feed(windows: Windows, batch: int, steps: range, device: torch.device | str) -> Iterator[Tensor]:
+    """The batches of ``steps`` on ``device``: int64 [batch, context + 1], equal to ``windows.batch(step * batch, batch)``.
+
+    A loop over it never waits for the disk. On a GPU the tokens are uploaded once a process where they
+    are small enough, and batches are gathered there: no copy, no host synchronisation, nothing but
+    asynchronous kernels on the current stream. Larger corpora come through a thread that keeps ``AHEAD``
+    batches in pinned memory. Each tensor is new, so it may be kept or changed; copy it into a static
+    buffer for a captured graph. The thread ends with the iterator (``close`` it, or let it go).
+
+    Args:
+        windows: what to cut.
+        batch: sequences a step.
+        steps: consecutive step numbers, from any first one on.
+        device: where the tensors lie.
+    """
+    import torch
+
+    where = torch.device(device)
+    if where.type != "cuda":
+        return (torch.from_numpy(windows.batch(step * batch, batch)).to(where) for step in steps)
+    if _fits(windows.tokens, where):
+        return _gathered(windows, batch, steps, _resident(windows.tokens, where))
+    return _prefetched(windows, batch, steps, where)
+
+
+def _fits(tokens: Tokens, device: torch.device) -> bool:
+    import torch
+
+    if _home(tokens, device) in _RESIDENT:
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return tokens.nbytes <= min(RESIDENT_BYTES, RESIDENT_SHARE * free)
+
+
+_RESIDENT: dict[tuple[Any, ...], tuple[Tokens, Tensor]] = {}
+
+
+def _home(tokens: Tokens, device: torch.device) -> tuple[Any, ...]:
+    return tokens.__array_interface__["data"][0], len(tokens), tokens.dtype.str, str(device)
+
+
+def _resident(tokens: Tokens, device: torch.device) -> Tensor:
+    """``tokens`` on ``device`` as signed integers of the same width; the last ones used stay for the next candidate."""
+    import torch
+
+    key = _home(tokens, device)
+    if key not in _RESIDENT:
+        _RESIDENT.clear()
+        signed = tokens.view(f"i{tokens.itemsize}") if tokens.itemsize > 1 else tokens
+        uploaded = torch.empty(len(tokens), dtype=torch.from_numpy(signed[:1].copy()).dtype, device=device)
+        for start in range(0, len(tokens), STARTS * 256):
+            block = torch.from_numpy(signed[start : start + STARTS * 256].copy())
+            uploaded[start : start + len(block)] = block.to(device)
+        _RESIDENT[key] = (tokens, uploaded)  # the array is kept, so that its address stays its own
+    return _RESIDENT[key][1]
+
+
+def _gathered(windows: Windows, batch: int, steps: range, tokens: Tensor) -> Iterator[Tensor]:
+    import torch
+
+    ahead = torch.arange(windows.context + 1, device=tokens.device)
+    mask = 2 ** (8 * windows.tokens.itemsize) - 1
+    chunk = max(1, STARTS // batch)
+    for first in range(steps.start, steps.stop, chunk):
+        count = min(chunk, steps.stop - first)
+        starts = torch.from_numpy(windows.starts(first * batch, count * batch)).pin_memory()
+        starts = starts.to(tokens.device, non_blocking=True).view(count, batch, 1)
+        for here in starts:
+            yield tokens[here + ahead].long() & mask
+
+
+def _prefetched(windows: Windows, batch: int, steps: range, device: torch.device) -> Iterator[Tensor]:
+    import torch
+
+    ready: queue.Queue[Tensor | BaseException] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+
+    def put(item: Tensor | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for step in steps:
+                put(torch.from_numpy(windows.batch(step * batch, batch)).pin_memory())
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="archsearch-feed", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item.to(device, non_blocking=True)
+    finally:
+        stopped.set()
+        thread.join()
