@@ -24,7 +24,9 @@ RESIDENT_BYTES = 2**31
 """Tokens up to this size are kept on a GPU, if they are at most ``RESIDENT_SHARE`` of its free memory."""
 RESIDENT_SHARE = 0.125
 STARTS = 2**16
-"""Windows whose places are computed and sent to the device at once."""
+"""Windows whose places are sent to the device at once."""
+BLOCK = 2**10
+"""Windows whose places are computed at once on the host."""
 Ints = npt.NDArray[np.int64]
 
 
@@ -33,8 +35,8 @@ class Windows:
 
     Each epoch cuts the tokens into windows of ``context + 1`` (inputs and, one later, targets) from
     another offset and permutes them. Window ``n`` depends on (tokens, context, seed, n) alone, and costs
-    the same for any n: a training can stop and go on anywhere. Nothing is kept from call to call, so
-    one object serves many threads, and memory does not grow with the tokens.
+    the same for any n: a training can stop and go on anywhere. Memory does not grow with the tokens,
+    and one object serves several threads.
 
     Args:
         tokens: [n] of any unsigned type, memory-mapped or not; more than ``context`` of them.
@@ -45,6 +47,7 @@ class Windows:
     def __init__(self, tokens: Tokens, context: int, seed: int) -> None:
         self.tokens, self.context, self.seed = tokens, context, seed
         self.an_epoch = max((len(tokens) - 1) // context - 1, 1)
+        self._last: tuple[int, Ints] = (-1, np.empty(0, np.int64))
 
     def batch(self, first: int, count: int) -> Ints:
         """Windows ``first`` to ``first + count - 1`` as an array [count, context + 1]."""
@@ -53,8 +56,20 @@ class Windows:
 
     def starts(self, first: int, count: int) -> Ints:
         """Where each of these windows begins in ``tokens``: [count]."""
-        epochs, places = np.divmod(np.arange(first, first + count), self.an_epoch)
-        found = np.empty(count, np.int64)
+        blocks = [self._block(index) for index in range(first // BLOCK, (first + count - 1) // BLOCK + 1)]
+        return np.concatenate(blocks)[first % BLOCK :][:count]
+
+    def _block(self, index: int) -> Ints:
+        """The starts of windows ``index * BLOCK`` on; the last block is remembered, as batches come in order."""
+        known, starts = self._last
+        if known != index:
+            starts = self._place(np.arange(index * BLOCK, (index + 1) * BLOCK))
+            self._last = index, starts
+        return starts
+
+    def _place(self, indices: Ints) -> Ints:
+        epochs, places = np.divmod(indices, self.an_epoch)
+        found = np.empty(len(indices), np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             slack = len(self.tokens) - 1 - self.an_epoch * self.context
