@@ -44,9 +44,8 @@ def load_corpus(config: ProxyConfig, vocab_size: int) -> Corpus:
     for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         if len(tokens) <= config.context:
             cause = f"{config.data}: too short: {len(tokens)} {part} tokens for sequences of {config.context}"
-            if not len(tokens):
-                cause = f"{config.data}: too short: a single document leaves none for the {part} part"
-            raise ConfigError(cause, "give more text in proxy.data or lower proxy.context")
+            remedy = "give more text or more documents in proxy.data, or lower proxy.context"
+            raise ConfigError(cause, "raise proxy.corpus_tokens" if corpus.truncated else remedy)
     return corpus
 
 

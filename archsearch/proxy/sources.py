@@ -74,7 +74,19 @@ def open_source(config: ProxyConfig) -> Source:
 
 def rank(content: bytes) -> float:
     """A number in [0, 1) that depends on ``content`` alone."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
+    digest = rank_digest()
+    digest.update(content)
+    return rank_of(digest)
+
+
+def rank_digest() -> hashlib.blake2b:
+    """What ``rank_of`` takes, for content that comes in blocks."""
+    return hashlib.blake2b(digest_size=8)
+
+
+def rank_of(digest: hashlib.blake2b) -> float:
+    """The rank of all that ``digest`` has seen."""
+    return int.from_bytes(digest.digest(), "big") / 2**64
 
 
 def cut(text: bytes) -> Iterator[bytes]:

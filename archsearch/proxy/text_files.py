@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from archsearch.errors import ConfigError, EnvironmentUnfit
-from archsearch.proxy.sources import HELD_OUT, PIECE, Document, cut, last_line_end, rank
+from archsearch.proxy.sources import HELD_OUT, PIECE, Document, cut, last_line_end, rank, rank_digest, rank_of
 from archsearch.schema import did_you_mean
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class FileSource:
     """Files under one root, in the order of their relative names.
 
-    Each plain file is a document, held out by its relative name, so that a copy splits alike; of a
-    single plain file the end is held out. Of JSON lines and Parquet each row is a document, held out
-    by its content.
+    A plain file is a document, and so is each row of JSON lines or Parquet. Documents are held out by
+    their content: a copy splits alike, and equal texts go to the same part. Of a single plain file the
+    end is held out.
 
     Args:
         root: names are relative to it.
@@ -63,8 +63,10 @@ class FileSource:
                     yield from _parquet(path, self.text_field)
                 elif name.endswith(JSON_LINES):
                     yield from _json_lines(path, self.text_field)
-                elif _is_text(path):
-                    yield from _ends(path) if single else [Document(_rank_name(name), _lines(path))]
+                elif not path.stat().st_size:
+                    continue
+                elif (place := _rank_file(path)) is not None:
+                    yield from _ends(path) if single else [Document(place, _lines(path))]
                 elif single:
                     remedy = "give UTF-8 text; write tokens:PATH for arrays of tokens"
                     raise ConfigError(f"{path} is not text: it holds zero bytes", remedy)
@@ -119,13 +121,15 @@ def _walk(root: Path, skipped: Container[str] = ()) -> Iterator[Path]:
 # Plain text
 
 
-def _rank_name(name: str) -> float:
-    return rank(name.encode("utf-8", "surrogateescape"))
-
-
-def _is_text(path: Path) -> bool:
+def _rank_file(path: Path) -> float | None:
+    """The rank of a file's content; None where it holds zero bytes, as no text does."""
+    digest = rank_digest()
     with path.open("rb") as file:
-        return not any(b"\0" in chunk for chunk in iter(lambda: file.read(2**20), b""))
+        for block in iter(lambda: file.read(2**20), b""):
+            if b"\0" in block:
+                return None
+            digest.update(block)
+    return rank_of(digest)
 
 
 def _ends(path: Path) -> Iterator[Document]:

@@ -47,6 +47,7 @@ class Windows:
     def __init__(self, tokens: Tokens, context: int, seed: int) -> None:
         self.tokens, self.context, self.seed = tokens, context, seed
         self.an_epoch = max((len(tokens) - 1) // context - 1, 1)
+        self._size = min(max(self.an_epoch, 16), BLOCK)
         self._last: tuple[int, Ints] = (-1, np.empty(0, np.int64))
 
     def batch(self, first: int, count: int) -> Ints:
@@ -56,14 +57,15 @@ class Windows:
 
     def starts(self, first: int, count: int) -> Ints:
         """Where each of these windows begins in ``tokens``: [count]."""
-        blocks = [self._block(index) for index in range(first // BLOCK, (first + count - 1) // BLOCK + 1)]
-        return np.concatenate(blocks)[first % BLOCK :][:count]
+        size = self._size
+        blocks = [self._block(index) for index in range(first // size, (first + count - 1) // size + 1)]
+        return np.concatenate(blocks)[first % size :][:count]
 
     def _block(self, index: int) -> Ints:
-        """The starts of windows ``index * BLOCK`` on; the last block is remembered, as batches come in order."""
+        """The starts of a block of windows; the last block is remembered, as batches come in order."""
         known, starts = self._last
         if known != index:
-            starts = self._place(np.arange(index * BLOCK, (index + 1) * BLOCK))
+            starts = self._place(np.arange(index * self._size, (index + 1) * self._size))
             self._last = index, starts
         return starts
 
