@@ -150,7 +150,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         document = _override(document, override)
     config = validate(RunConfig, document)
     config.space.check_feasible()
-    return config.model_copy(update={"proxy": _absolute(config.proxy)})
+    return config.model_copy(update={"proxy": absolute(config.proxy)})
 
 
 def split_data(data: str) -> tuple[str, str]:
@@ -159,14 +159,15 @@ def split_data(data: str) -> tuple[str, str]:
     return (scheme, rest) if colon and scheme in DATA_SCHEMES else ("files", data)
 
 
-def _absolute(proxy: ProxyConfig) -> ProxyConfig:
+def absolute(proxy: ProxyConfig) -> ProxyConfig:
     """Workers may start in another folder, so paths are made absolute where they are read."""
     data, tokenizer = proxy.data, Path(proxy.tokenizer).expanduser()
     scheme, rest = split_data(data)
     if scheme in ("files", "tokens") or (scheme == "hf" and rest.startswith((".", "~"))):
         data = data.removesuffix(rest) + str(Path(rest).expanduser().absolute())
     is_path = proxy.tokenizer not in TOKENIZERS and (tokenizer.suffix == ".json" or tokenizer.exists())
-    return proxy.model_copy(update={"data": data, "tokenizer": str(tokenizer.absolute()) if is_path else proxy.tokenizer})
+    name = str(tokenizer.absolute()) if is_path else proxy.tokenizer
+    return proxy.model_copy(update={"data": data, "tokenizer": name})
 
 
 def _override(document: Document, override: str) -> Document:

@@ -31,6 +31,21 @@ if TYPE_CHECKING:
 _CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
 
 
+def prepare_data(config: RunConfig) -> None:
+    """Tokenise the corpus, or find it in the cache, before the first candidate asks for it.
+
+    What is wrong with the data then stops the run at once, and workers need not wait for each other.
+    A cluster's nodes have their own disks, so nothing is done for an address.
+
+    Raises:
+        ArchsearchError: as ``load_corpus`` does.
+    """
+    from archsearch.proxy.data import load_corpus
+
+    if "loss" in config.search.objectives and config.execution.address is None:
+        load_corpus(config.proxy, config.space.vocab_size)
+
+
 class ProxyEvaluator:
     """Measures decode latency, refuses what is slower than the ceiling, then trains the proxy.
 
@@ -174,14 +189,18 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
 
 def _train(record: _Record, config: RunConfig, device: torch.device, weights: str | None) -> None:
+    from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
     result = train_proxy(record.architecture, config.proxy, seed=record.seed, device=device)
+    corpus = load_corpus(config.proxy, record.architecture.vocab_size)
     record.curve, record.objectives["loss"] = result.curve, result.loss
     record.seconds |= result.seconds
     record.paths |= result.paths
     record.metrics |= {
         "perplexity": math.exp(min(result.loss, 700.0)),
+        "bits_per_byte": corpus.bits_per_byte(result.loss),
+        "corpus": corpus.digest,
         "proxy_tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
         "proxy_dtype": result.dtype,
@@ -189,6 +208,8 @@ def _train(record: _Record, config: RunConfig, device: torch.device, weights: st
     if weights is not None:
         with record.phase("save"):
             save_weights(result.model, Path(weights) / f"{record.architecture.id}.safetensors")
+            if corpus.tokenizer is not None:
+                corpus.tokenizer.save(Path(weights))
 
 
 def save_weights(model: HybridLM, path: Path) -> None:

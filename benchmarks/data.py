@@ -70,7 +70,7 @@ def tokenise(corpus: Corpus, folder: Path) -> dict[str, Any]:
     def written(name: str, tokenizer: ByteTokenizer | SubwordTokenizer) -> float:
         (folder / name).mkdir()
         start = time.perf_counter()
-        write_corpus(folder / name, source, tokenizer, vocab_size=bpe.vocab_size, bpe=False, limit=10**12)
+        write_corpus(folder / name, source, tokenizer, limit=10**12)
         return megabytes / (time.perf_counter() - start)
 
     start = time.perf_counter()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,16 @@ class Corpus:
     path: Path
     truncated: bool
 
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss in nats a token as bits a byte of text: comparable across tokenizers, where perplexity is not.
+
+        None where nobody knows the tokenizer. Tokens that end a document count, their bytes are none.
+        """
+        return None if self.bytes_per_token is None else loss / math.log(2) / self.bytes_per_token
+
 
 def write_corpus(
-    folder: Path, source: Source, tokenizer: TextTokenizer | None, *, vocab_size: int, bpe: bool, limit: int
+    folder: Path, source: Source, tokenizer: TextTokenizer | None, *, bpe: int | None = None, limit: int
 ) -> dict[str, Any]:
     """Fill a cache entry: tokens of both parts and the tokenizer. Gives the facts that ``read_corpus`` takes.
 
@@ -71,8 +79,7 @@ def write_corpus(
         folder: empty.
         source: of text, or of tokens.
         tokenizer: of text; None with ``bpe``, and for tokens of unknown origin.
-        vocab_size: that a BPE may have.
-        bpe: train the tokenizer first.
+        bpe: train a BPE of at most so many tokens first.
         limit: most tokens to take.
 
     Raises:
@@ -84,9 +91,9 @@ def write_corpus(
                  for name, part in zip(PARTS, slices, strict=True)}  # fmt: skip
         found = {"parts": parts, "truncated": False}
     else:
-        if bpe:
-            log.info("%s: training a BPE of %d tokens", source.name, vocab_size)
-            tokenizer = train_bpe(_training_text(source), vocab_size)
+        if bpe is not None:
+            log.info("%s: training a BPE of %d tokens", source.name, bpe)
+            tokenizer = train_bpe(_training_text(source), bpe)
         found = _tokenise(folder, source, tokenizer, limit)
     if not any(part["tokens"] for part in found["parts"].values()):
         what = "a text file, a folder or a glob of text files"

@@ -24,10 +24,12 @@ __all__ = ["Corpus", "Windows", "feed", "load_corpus", "validation_windows"]
 
 DATA_FIELDS = ("data", "tokenizer", "text_field", "split", "token_dtype", "corpus_tokens")
 """What of the config decides the corpus."""
+BPE_VOCABULARY = 2**15
+"""Of a BPE that no model asks for yet."""
 
 
-def load_corpus(config: ProxyConfig, vocab_size: int) -> Corpus:
-    """The corpus that ``config`` names, for models of ``vocab_size``.
+def load_corpus(config: ProxyConfig, vocab_size: int | None) -> Corpus:
+    """The corpus that ``config`` names, for models of ``vocab_size``; None takes any vocabulary.
 
     It is tokenised at the first call on this machine; every later one, in any process, maps it from the
     cache. In one process it is opened once, and stays as it was then. Documents are held out by a hash,
@@ -50,23 +52,25 @@ def load_corpus(config: ProxyConfig, vocab_size: int) -> Corpus:
 
 
 @lru_cache(maxsize=4)
-def _load(config: ProxyConfig, vocab_size: int) -> Corpus:
+def _load(config: ProxyConfig, vocab_size: int | None) -> Corpus:
     tokenizer = _tokenizer(config, vocab_size)
     source = open_source(config)
-    bpe = config.tokenizer == "bpe"
+    bpe = (vocab_size or BPE_VOCABULARY) if config.tokenizer == "bpe" else None
     key = {
         "source": source.fingerprint(),
-        "tokenizer": tokenizer.digest if tokenizer else f"bpe {vocab_size} {BPE_BYTES}" if bpe else None,
+        "tokenizer": tokenizer.digest if tokenizer else None,
+        "bpe": [bpe, BPE_BYTES] if bpe else None,
         "limit": config.corpus_tokens,
     }
-    options = {"vocab_size": vocab_size, "bpe": bpe, "limit": config.corpus_tokens}
-    folder = cache.entry(key, lambda folder: write_corpus(folder, source, tokenizer, **options))
+    limit = config.corpus_tokens
+    folder = cache.entry(key, lambda folder: write_corpus(folder, source, tokenizer, bpe=bpe, limit=limit))
     corpus = read_corpus(config.data, folder, cache.facts(folder), tokenizer)
-    _check_vocabulary(config, corpus, vocab_size)
+    if vocab_size is not None:
+        _check_vocabulary(config, corpus, vocab_size)
     return corpus
 
 
-def _tokenizer(config: ProxyConfig, vocab_size: int) -> TextTokenizer | None:
+def _tokenizer(config: ProxyConfig, vocab_size: int | None) -> TextTokenizer | None:
     """What tokenises, or did; None for a BPE that is yet to train, and for tokens of unknown origin."""
     tokens = split_data(config.data)[0] == "tokens"
     if config.tokenizer == "bpe" and tokens:
@@ -75,7 +79,7 @@ def _tokenizer(config: ProxyConfig, vocab_size: int) -> TextTokenizer | None:
     if config.tokenizer == "bpe" or (tokens and config.tokenizer == "auto"):
         return None
     tokenizer = find_tokenizer(config.tokenizer)
-    if tokenizer.vocab_size > vocab_size:
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         cause = f"vocab_size {vocab_size} is below {tokenizer.vocab_size}, the ids of the tokenizer {tokenizer.name}"
         raise ConfigError(cause, f"set vocab_size to at least {tokenizer.vocab_size}, or another proxy.tokenizer")
     return tokenizer

@@ -34,20 +34,21 @@ class FileSource:
     end is held out.
 
     Args:
-        root: names are relative to it.
+        name: for people.
+        root: the names of files are relative to it.
         paths: the files.
         text_field: of JSON lines and Parquet.
     """
 
-    def __init__(self, root: Path, paths: Sequence[Path], text_field: str) -> None:
-        named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-        self.name, self.root, self.files, self.text_field = str(root), root, named, text_field
+    def __init__(self, name: str, root: Path, paths: Sequence[Path], text_field: str) -> None:
+        self.name, self.root, self.text_field = name, root, text_field
+        self.files = sorted((path.relative_to(root).as_posix(), path) for path in paths)
 
     @classmethod
     def find(cls, pattern: str, text_field: str) -> FileSource:
         """The files that a path, a folder or a glob names."""
         root, paths = find_files(pattern)
-        return cls(root, paths, text_field)
+        return cls(pattern, root, paths, text_field)
 
     def fingerprint(self) -> dict[str, Any]:
         """Names, sizes and times of the files. Their change time moves with every write, copied or not."""
@@ -83,7 +84,7 @@ def builtin_source(data: str) -> FileSource:
     if data != "builtin:python":
         raise ConfigError(f"unknown data {data!r}; {did_you_mean(data, ['builtin:python'])}", "correct proxy.data")
     root = Path(sysconfig.get_path("stdlib"))
-    return FileSource(root, [path for path in _walk(root, _NOT_SOURCE) if path.suffix == ".py"], "text")
+    return FileSource(data, root, [path for path in _walk(root, _NOT_SOURCE) if path.suffix == ".py"], "text")
 
 
 def find_files(pattern: str) -> tuple[Path, list[Path]]:

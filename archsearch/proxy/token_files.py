@@ -198,10 +198,11 @@ def open_tokens(path: Path, name: str, dtype: str) -> TokenFile:
 
 
 def find_dtype(path: Path, size: int) -> str:
-    """The type of a headerless file: 32 bits show in upper halves that are all small while lower ones are not."""
+    """The type of a headerless file: 32 bits show in upper halves that are small where the lower ones are not."""
     with path.open("rb") as file:
         halves = np.frombuffer(file.read(min(size, 4 * SAMPLE) // 4 * 4), "<u2").reshape(-1, 2)
-    wide = size % 4 == 0 and len(halves) and halves[:, 1].max() < LARGEST_HALF <= halves[:, 0].max()
+    lower, upper = halves[:, 0].max(initial=0), halves[:, 1].max(initial=0)
+    wide = size % 4 == 0 and (upper < LARGEST_HALF <= lower or upper == 0 < lower)
     return "<u4" if wide else "<u2"
 
 
