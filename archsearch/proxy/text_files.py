@@ -113,10 +113,14 @@ def stamp(path: Path) -> list[int]:
 
 def _walk(root: Path, skipped: Container[str] = ()) -> Iterator[Path]:
     """Regular files under ``root``; hidden folders and those named in ``skipped`` are not entered."""
-    for folder, children, files in os.walk(root):
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}", "check its permissions")
+
+    for folder, children, files in os.walk(root, onerror=refuse):
         children[:] = [child for child in children if child not in skipped and not child.startswith(".")]
         paths = (Path(folder, name) for name in files if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())
+        yield from (path for path in paths if os.path.isfile(path))
 
 
 # Plain text
