@@ -52,9 +52,7 @@ class SearchConfig(Frozen):
 class ProxyConfig(Frozen):
     """The short training (Nemotron-Flash, App. C: AdamW, cosine, 5e-4)."""
 
-    data: str = Field(
-        "builtin:python", min_length=1, description="builtin:python, files:PATH (or a bare path), tokens:PATH, hf:DATASET"
-    )
+    data: str = Field("builtin:python", min_length=1, description="or files:PATH (or a path), tokens:PATH, hf:NAME")
     tokenizer: str = Field(
         "auto",
         min_length=1,

@@ -59,9 +59,10 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """What ``prepare`` found, as text."""
     parts = [_part(name, facts[name]) for name in ("train", "validation")]
     worth = f", {facts['bytes_per_token']:.2f} bytes a token" if facts["bytes_per_token"] else ""
+    tokenizer = facts["tokenizer"] or "unknown"
     found = [
         f"{facts['data']}: {', '.join(parts)}",
-        f"tokenizer {facts['tokenizer'] or 'unknown'}: ids below {facts['vocab_size']:,} as {facts['token_dtype']}{worth}",
+        f"tokenizer {tokenizer}: ids below {facts['vocab_size']:,} as {facts['token_dtype']}{worth}",
         f"the training budget is {facts['epochs']:.2f} epochs",
         f"cached in {facts['cache']}: {mebibytes(facts['cache_bytes'])}, made in {duration(facts['seconds'])}",
     ]

@@ -33,7 +33,8 @@ def for_transformers(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers with the same ids. Nothing is added to a text: no start, no end."""
     if not isinstance(tokenizer, SubwordTokenizer):
         return byte_tokenizer()
-    names = {} if tokenizer.end_name is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.end_name)
+    end = tokenizer.end_name
+    names = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
     plain = Tokenizer.from_str(tokenizer.tokenizer.to_str())
     plain.post_processor = None  # a template would add the start that the training never saw
     return PreTrainedTokenizerFast(tokenizer_object=plain, clean_up_tokenization_spaces=False, **names)

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -89,7 +89,7 @@ def write_corpus(
     if isinstance(source, TokenSource) and (slices := source.in_place()):
         parts = {name: {**part.to_dict(), "documents": 0, "bytes": None}
                  for name, part in zip(PARTS, slices, strict=True)}  # fmt: skip
-        found = {"parts": parts, "truncated": False}
+        found: dict[str, Any] = {"parts": parts, "truncated": False}
     else:
         if bpe is not None:
             log.info("%s: training a BPE of %d tokens", source.name, bpe)
@@ -174,10 +174,13 @@ class _PartWriter:
 
 
 def _tokenise(folder: Path, source: Source, tokenizer: TextTokenizer | None, limit: int) -> dict[str, Any]:
-    tokens_source = isinstance(source, TokenSource)
-    dtype = source.common_dtype() if isinstance(source, TokenSource) else token_dtype(tokenizer.vocab_size)
+    if isinstance(source, TokenSource):
+        dtype, ends = source.common_dtype(), []
+    else:
+        assert tokenizer is not None, "text needs a tokenizer"
+        dtype, ends = token_dtype(tokenizer.vocab_size), [tokenizer.end]
     writers = [_PartWriter(folder / f"{part}.bin", dtype) for part in PARTS]
-    end = np.array([] if tokens_source or tokenizer.end is None else [tokenizer.end], dtype)
+    end = np.array([token for token in ends if token is not None], dtype)
     heard, done = time.monotonic(), 0
     for held_out, piece, tokens in _encoded(_flow(source), tokenizer):
         if done >= limit:
@@ -191,7 +194,7 @@ def _tokenise(folder: Path, source: Source, tokenizer: TextTokenizer | None, lim
             heard = time.monotonic()
             log.info("%s: %.1f million tokens so far", source.name, done / 1e6)
     parts = {part: writer.close() for part, writer in zip(PARTS, writers, strict=True)}
-    if tokens_source:
+    if isinstance(source, TokenSource):
         parts = {part: {**facts, "bytes": None} for part, facts in parts.items()}
     return {"parts": parts, "truncated": done >= limit}
 
@@ -247,5 +250,5 @@ def _scan(tokens: Tokens) -> dict[str, Any]:
     for start in range(0, len(tokens), SCANNED):
         block = tokens[start : start + SCANNED]
         largest = max(largest, int(block.max()))
-        digest.update(np.ascontiguousarray(block))
+        digest.update(block.tobytes())
     return {"largest": largest, "digest": digest.hexdigest()}

@@ -74,7 +74,7 @@ class HubSource:
         try:
             import datasets
         except ImportError:
-            raise EnvironmentUnfit(f"{self.name} needs the datasets package", "pip install 'archsearch[data]'") from None
+            raise EnvironmentUnfit(f"{self.name} needs datasets", "pip install 'archsearch[data]'") from None
         datasets.disable_progress_bars()
         options: dict[str, Any] = {"name": self.config or None} if self.local is None else {}
         if self.revision:
@@ -140,7 +140,7 @@ def ask_hub(what: str, kind: str, repo: str, revision: str | None) -> str:
     if offline():
         raise no_network(what, "HF_HUB_OFFLINE forbids the network")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         info = HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=SECONDS)

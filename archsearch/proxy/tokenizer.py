@@ -63,7 +63,9 @@ class TextTokenizer(Protocol):
 class ByteTokenizer:
     """Token i is byte i. A zero byte ends a document: text holds none, so a generation may start from it."""
 
-    name, vocab_size, end, digest = "bytes", BYTES, 0, "bytes"
+    name, digest = "bytes", "bytes"
+    vocab_size = BYTES
+    end: int | None = 0
 
     def encode(self, texts: Sequence[bytes]) -> list[Tokens]:
         return [np.frombuffer(text, dtype=np.uint8) for text in texts]
@@ -90,8 +92,8 @@ class SubwordTokenizer:
         self.tokenizer, self.name = tokenizer, name
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         names = (end_name,) if end_name else END_NAMES
-        ends = ((known, tokenizer.token_to_id(known)) for known in names)
-        self.end_name, self.end = next(((known, end) for known, end in ends if end is not None), (None, None))
+        self.end_name = next((known for known in names if tokenizer.token_to_id(known) is not None), None)
+        self.end: int | None = None if self.end_name is None else tokenizer.token_to_id(self.end_name)
 
     @cached_property
     def digest(self) -> str:

@@ -103,7 +103,8 @@ def _feistel(values: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[
         mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # wraps, as a hash may
         mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
         left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-    return (left << half) | right
+    joined: npt.NDArray[np.uint64] = (left << half) | right
+    return joined
 
 
 def validation_windows(tokens: Tokens, context: int, wanted: int) -> Ints:
@@ -118,7 +119,7 @@ def validation_windows(tokens: Tokens, context: int, wanted: int) -> Ints:
 
 
 def feed(windows: Windows, batch: int, steps: range, device: torch.device | str) -> Iterator[Tensor]:
-    """The batches of ``steps`` on ``device``: int64 [batch, context + 1], equal to ``windows.batch(step * batch, batch)``.
+    """The batches of ``steps`` on ``device``, int64 [batch, context + 1]: ``windows.batch(step * batch, batch)``.
 
     A loop over it never waits for the disk. On a GPU the tokens are uploaded once a process where they
     are small enough, and batches are gathered there: no copy, no host synchronisation, nothing but

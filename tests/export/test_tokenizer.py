@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from archsearch.architecture import make_architecture
-from archsearch.config import ProxyConfig
+from archsearch.architecture import Architecture, make_architecture
+from archsearch.config import ProxyConfig, SearchConfig, load_config
 from archsearch.evaluation import Evaluation, Outcome
 from archsearch.export import export_candidate
 from archsearch.proxy.data import load_corpus
@@ -33,12 +33,15 @@ def story(tmp_path: Path) -> Path:
     return folder
 
 
+def small(vocab_size: int) -> Architecture:
+    options = {"f": {"multiple_of": 8}}
+    return make_architecture(hidden_size=16, vocab_size=vocab_size, operators="f", options=options)
+
+
 def exported(tmp_path: Path, proxy: ProxyConfig, vocab_size: int) -> Path:
     """Evaluate one candidate as a worker does, then export it."""
-    from archsearch.config import SearchConfig, load_config
-
     config = load_config(TINY).model_copy(update={"proxy": proxy, "search": SearchConfig(objectives=("loss",))})
-    architecture = make_architecture(hidden_size=16, vocab_size=vocab_size, operators="f", options={"f": {"multiple_of": 8}})
+    architecture = small(vocab_size)
     weights = tmp_path / "weights"
     weights.mkdir()
     evaluation = ProxyEvaluator(config, str(weights))(architecture, seed=1)
@@ -79,9 +82,11 @@ def test_the_kept_tokenizer_wins_over_changed_data(tmp_path: Path, story: Path) 
     kept = train_bpe([b"quite another text " * 50], 280)
     kept.save(tmp_path / "weights")
     evaluation = Evaluation(
-        architecture=make_architecture(hidden_size=16, vocab_size=320, operators="f", options={"f": {"multiple_of": 8}}),
-        outcome=Outcome.OK, objectives={}, seed=1,
-    )  # fmt: skip
+        architecture=small(320),
+        outcome=Outcome.OK,
+        objectives={},
+        seed=1,
+    )
     path = tmp_path / "weights" / f"{evaluation.architecture.id}.safetensors"
     folder = export_candidate(evaluation, tmp_path / "model", number=0, proxy=proxy, weights=path)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == kept.tokenizer.get_vocab()

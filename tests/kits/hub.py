@@ -40,7 +40,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse("RepoNotFound")
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""

@@ -99,7 +99,7 @@ def test_datasets_and_tokenizers_of_a_hub(tmp_path: Path) -> None:
     for error, cause in zip(found[4:], causes, strict=True):
         assert cause in error["cause"], error
     # What was prepared serves where there is no network, for the tokenizer, too.
-    again = in_a_process(tmp_path, settings[:2] + [{"data": f"{data}@{COMMIT}"}], HF_HUB_OFFLINE="1")
+    again = in_a_process(tmp_path, [*settings[:2], {"data": f"{data}@{COMMIT}"}], HF_HUB_OFFLINE="1")
     for first, second in zip(found[:2], again[:2], strict=True):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert again[2]["kind"] == "EnvironmentUnfit"
@@ -119,7 +119,7 @@ def test_without_a_network_the_error_comes_at_once(tmp_path: Path, settings: dic
 
 def test_names_that_are_none() -> None:
     for name in ("hf:", "hf:owner/", "hf:./none"):
-        with pytest.raises(ConfigError, match="names no dataset|does not exist"):
+        with pytest.raises(ConfigError, match=r"names no dataset|does not exist"):
             load_corpus(ProxyConfig(data=name), 256)
     for name in ("no such name!", "a/b/c/d"):
         with pytest.raises(ConfigError, match="no file and no name"):
