@@ -112,7 +112,8 @@ def validation_windows(tokens: Tokens, context: int, wanted: int) -> Ints:
     held = (len(tokens) - 1) // context
     count = min(max(wanted // context, 1), held)
     starts = np.arange(count) * held // count * context
-    return tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    found: Ints = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    return found
 
 
 # On a device
