@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ CHUNK = 2**26
 CHECKED_CHUNKS = 64
 """Chunks of a file that are read at each opening, spread evenly: all of a file up to 4 GiB."""
 META = "meta.json"
+DRAFT = ".draft-"
 Build = Callable[[Path], Mapping[str, Any] | None]
 log = logging.getLogger(__name__)
 
@@ -122,10 +123,8 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _make(folder: Path, build: Build) -> None:
-    prefix = f".{folder.name}.draft-"
-    for left in folder.parent.glob(f"{prefix}*"):  # of a process that was killed: the lock is ours
-        shutil.rmtree(left)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    _sweep(folder)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{DRAFT}"))
     try:
         found = build(draft) or {}
         files = {path.name: _sealed(path) for path in sorted(draft.iterdir())}
@@ -140,6 +139,19 @@ def _make(folder: Path, build: Build) -> None:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left: drafts of this entry, whose lock is ours, and of those that nobody fills."""
+    from filelock import FileLock, Timeout
+
+    for left in folder.parent.glob(f".*{DRAFT}*"):
+        name = left.name.split(DRAFT)[0]
+        if name == f".{folder.name}":
+            shutil.rmtree(left)
+            continue
+        with suppress(Timeout), FileLock(folder.with_name(f"{name}.lock"), timeout=0):
+            shutil.rmtree(left)
 
 
 def _sealed(path: Path) -> tuple[int, list[int]]:

@@ -92,7 +92,6 @@ def write_corpus(
         found: dict[str, Any] = {"parts": parts, "truncated": False}
     else:
         if bpe is not None:
-            log.info("%s: training a BPE of %d tokens", source.name, bpe)
             tokenizer = train_bpe(_training_text(source), bpe)
         found = _tokenise(folder, source, tokenizer, limit)
     if not any(part["tokens"] for part in found["parts"].values()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+log = logging.getLogger(__name__)
 
 BYTES = 256
 END_OF_TEXT = "<|endoftext|>"
@@ -178,6 +181,7 @@ def train_bpe(texts: Iterable[bytes], vocab_size: int) -> SubwordTokenizer:
         raise ConfigError(cause, "set proxy.tokenizer to bytes, or raise vocab_size")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    log.info("training a BPE of %d tokens", vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -121,7 +121,8 @@ def test_many_processes_build_once(root: Path) -> None:
     assert sum(out.count("built") for out, _ in results) == 1
 
 
-def test_a_killed_builder_leaves_nothing_half_written(root: Path) -> None:
+@pytest.mark.parametrize("other", [KEY, {"a": 2}], ids=["same entry", "another entry"])
+def test_a_killed_builder_leaves_nothing_half_written(root: Path, other: dict[str, int]) -> None:
     code = """
         import time
         from archsearch.proxy import cache
@@ -138,7 +139,7 @@ def test_a_killed_builder_leaves_nothing_half_written(root: Path) -> None:
     process.communicate()
     assert any(".draft-" in path.name for path in root.iterdir())
     begin = time.monotonic()
-    folder = cache.entry(KEY, build)
+    folder = cache.entry(other, build)
     assert time.monotonic() - begin < 10, "the lock died with its holder"
     assert (folder / "big.bin").stat().st_size == 10_000
     assert not any(".draft-" in path.name for path in root.iterdir())
