@@ -1,4 +1,4 @@
-"""What every test shares: a cache of its own, so that none reads or fills the user's."""
+"""What all tests share: one thread a process, and a cache of their own, so that none touches the user's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+# Before numpy and torch are imported: the matrices of the tests are small, and the processes of a run share the cores.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
