@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import time
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
     from archsearch.model.hybrid import HybridLM
 
+EPOCHS = 4
+"""Up to here repeated text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+log = logging.getLogger(__name__)
 _CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
 
 
@@ -43,8 +47,13 @@ def prepare_data(config: RunConfig) -> None:
     """
     from archsearch.proxy.data import load_corpus
 
-    if "loss" in config.search.objectives and config.execution.address is None:
-        load_corpus(config.proxy, config.space.vocab_size)
+    if "loss" not in config.search.objectives or config.execution.address is not None:
+        return
+    corpus = load_corpus(config.proxy, config.space.vocab_size)
+    epochs = config.proxy.tokens / len(corpus.train)
+    if epochs > EPOCHS:
+        text = "%s: proxy.tokens is %.1f epochs of its %s training tokens, and repeats above %d teach little"
+        log.warning(text, corpus.name, epochs, f"{len(corpus.train):,}", EPOCHS)
 
 
 class ProxyEvaluator:
