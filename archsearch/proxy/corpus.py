@@ -32,7 +32,7 @@ PARTS = ("train", "validation")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
     """Tokens of the training and of the validation documents.
 

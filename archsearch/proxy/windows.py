@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 ROUNDS = 6
 """Of the Feistel network; four already make a pseudorandom permutation (Luby and Rackoff 1988)."""
 AHEAD = 4
-"""Batches that a thread keeps ready where the tokens do not live on the device."""
+"""Batches that a thread keeps ready where the tokens do not live on the device, and as many under way to it."""
 RESIDENT_BYTES = 2**31
 """Tokens up to this size are kept on a GPU, if they are at most ``RESIDENT_SHARE`` of its free memory."""
 RESIDENT_SHARE = 0.125
@@ -125,8 +126,9 @@ def feed(windows: Windows, batch: int, steps: range, device: torch.device | str)
     A loop over it never waits for the disk. On a GPU the tokens are uploaded once a process where they
     are small enough, and batches are gathered there: no copy, no host synchronisation, nothing but
     asynchronous kernels on the current stream. Larger corpora come through a thread that keeps ``AHEAD``
-    batches in pinned memory. Each tensor is new, so it may be kept or changed; copy it into a static
-    buffer for a captured graph. The thread ends with the iterator (``close`` it, or let it go).
+    batches in pinned memory; the host then runs at most that many steps ahead of the device. Each tensor is
+    new, so it may be kept or changed; copy it into a static buffer for a captured graph, and capture between
+    two batches. The thread ends with the iterator (``close`` it, or let it go).
 
     Args:
         windows: what to cut.
@@ -191,35 +193,40 @@ def _gathered(windows: Windows, batch: int, steps: range, tokens: Tensor) -> Ite
 
 
 def _prefetched(windows: Windows, batch: int, steps: range, device: torch.device) -> Iterator[Tensor]:
+    """A thread fills pinned buffers, this one sends them; the thread calls nothing of CUDA, so graphs may be captured."""
     import torch
 
-    ready: queue.Queue[Tensor | BaseException] = queue.Queue(AHEAD)
-    stopped = threading.Event()
-
-    def put(item: Tensor | BaseException) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    shape = (batch, windows.context + 1)
+    free: queue.Queue[Tensor | None] = queue.Queue()
+    ready: queue.Queue[Tensor | BaseException] = queue.Queue()
+    for _ in range(2 * AHEAD):
+        free.put(torch.empty(shape, dtype=torch.int64, pin_memory=True))
 
     def work() -> None:
         try:
             for step in steps:
-                put(torch.from_numpy(windows.batch(step * batch, batch)).pin_memory())
-                if stopped.is_set():
+                if (buffer := free.get()) is None:
                     return
+                buffer.numpy()[:] = windows.batch(step * batch, batch)
+                ready.put(buffer)
         except BaseException as error:
-            put(error)
+            ready.put(error)
 
     thread = threading.Thread(target=work, name="archsearch-feed", daemon=True)
     thread.start()
+    sent: deque[tuple[torch.cuda.Event, Tensor]] = deque()
     try:
         for _ in steps:
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item
-            yield item.to(device, non_blocking=True)
+            arrived = item.to(device, non_blocking=True)
+            sent.append((torch.cuda.current_stream(device).record_event(), item))
+            if len(sent) > AHEAD:
+                event, buffer = sent.popleft()
+                event.synchronize()
+                free.put(buffer)
+            yield arrived
     finally:
-        stopped.set()
+        free.put(None)
         thread.join()

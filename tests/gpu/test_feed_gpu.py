@@ -59,6 +59,22 @@ def test_no_batch_waits_for_the_device(way: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_graph_is_captured_between_batches(way: str) -> None:
+    windows = windows_of("uint16")
+    static = torch.zeros(BATCH, CONTEXT + 1, dtype=torch.int64, device="cuda")
+    sums, graph = [], torch.cuda.CUDAGraph()
+    for number, batch in enumerate(feed(windows, BATCH, STEPS, "cuda")):
+        static.copy_(batch)
+        if number == 0:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                total = static.sum()
+        graph.replay()
+        sums.append(total.clone())
+    wanted = [int(windows.batch(step * BATCH, BATCH).sum()) for step in STEPS]
+    assert torch.stack(sums).tolist() == wanted
+
+
 def test_the_thread_ends_with_the_iterator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "RESIDENT_BYTES", 0)
     feeding._RESIDENT.clear()

@@ -106,6 +106,7 @@ def test_megatron_documents_are_held_out_whole(tmp_path: Path, code: int, dtype:
         (lambda index: b"TNTIDX\x00\x00" + index[8:], "no Megatron index"),
         (lambda index: index[:17] + b"\x07" + index[18:], "no Megatron index"),
         (lambda index: index[:34] + b"\x01\x00\x00\x00" + index[38:], "no Megatron index"),
+        (lambda index: index[:34] + struct.pack("<2i", -5, 65) + index[42:], "no Megatron index"),
     ],
 )
 def test_damaged_index_is_refused(tmp_path: Path, make: object, message: str) -> None:
@@ -162,6 +163,11 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
         np.save(tmp_path / "train.npy", array)
         with pytest.raises(ConfigError, match=r"instead of a flat array|not a NumPy array"):
             corpus_of(tmp_path / "train.npy")
+    path = tmp_path / "train.npy"
+    np.save(path, some(5000).astype("<u2"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="not a NumPy array"):
+        corpus_of(path)
     np.save(tmp_path / "train.npy", np.array([5, -1] * 400))
     with pytest.raises(ConfigError, match="-1 is no token"):
         corpus_of(tmp_path / "train.npy")
