@@ -236,11 +236,8 @@ def _open_megatron(path: Path, name: str, size: int) -> TokenFile:
     firsts = np.frombuffer(index, "<i8", documents, 34 + 12 * sequences)
     kind = MEGATRON_TYPES[code]
     count = int(lengths.sum())
-    if (
-        lengths.min(initial=0) < 0
-        or count * np.dtype(kind).itemsize != size
-        or (len(firsts) and not 0 <= firsts.min() <= firsts.max() <= sequences)
-    ):
+    whole = lengths.min(initial=0) >= 0 and count * np.dtype(kind).itemsize == size
+    if not whole or (len(firsts) and not 0 <= firsts.min() <= firsts.max() <= sequences):
         raise damaged
     ends = np.concatenate([[0], np.cumsum(lengths)])[np.unique(np.append(firsts[firsts > 0], sequences))]
     return TokenFile(name, path, kind, 0, count, ends if len(ends) > 1 else ends[:0])

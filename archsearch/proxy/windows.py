@@ -193,7 +193,7 @@ def _gathered(windows: Windows, batch: int, steps: range, tokens: Tensor) -> Ite
 
 
 def _prefetched(windows: Windows, batch: int, steps: range, device: torch.device) -> Iterator[Tensor]:
-    """A thread fills pinned buffers, this one sends them; the thread calls nothing of CUDA, so graphs may be captured."""
+    """A thread fills pinned buffers, the caller's sends them. The thread calls no CUDA, so graphs may be captured."""
     import torch
 
     shape = (batch, windows.context + 1)
