@@ -24,7 +24,7 @@ from archsearch.errors import ArchsearchError
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.training_path import prepare
 from archsearch.proxy.checkpoint import Curve, Progress, load_checkpoint, save_checkpoint
-from archsearch.proxy.data import Windows, load_corpus, validation_windows
+from archsearch.proxy.data import Windows, feed, load_corpus, validation_windows
 from archsearch.proxy.loss import loss_path
 from archsearch.proxy.optimizer import moments, set_step
 from archsearch.proxy.schedule import learning_rate, validation_steps
@@ -178,6 +178,7 @@ class _Training:
             "architecture": architecture.to_dict(),
             "proxy": config.model_dump(mode="json"),
             "seed": seed,
+            "corpus": corpus.digest,
             "numerics": {"device": device.type, "dtype": str(self.dtype), **self.paths},
         }
         self.done = self.timed_tokens = 0
@@ -216,12 +217,11 @@ class _Training:
 
     def train(self, stop: int, on_progress: OnProgress | None) -> None:
         """All steps up to number ``stop``; the first ones, which compile and capture, have their own clock."""
-        size = self.config.batch
+        batches = feed(self.windows, self.config.batch, range(self.done, stop), self.device)
         for index in range(self.done, stop):
             phase = "train" if self.step.settled else "compile"
             with self.clock(phase):
-                windows = self.upload(self.windows.batch(index * size, size))
-                loss = self.step(windows, learning_rate(self.config, index, self.steps))
+                loss = self.step(next(batches), learning_rate(self.config, index, self.steps))
                 if (index + 1) % self.every == 0 or index + 1 == stop or phase == "compile":
                     self.check(index + 1)
             self.timed_tokens += self.tokens(1) if phase == "train" else 0
