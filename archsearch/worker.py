@@ -174,9 +174,17 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
 
 def _train(record: _Record, config: RunConfig, device: torch.device, weights: str | None) -> None:
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.trainer import train_proxy
 
-    result = train_proxy(record.architecture, config.proxy, seed=record.seed, device=device)
+    with sharing(device) as give_way:  # measurements in other processes pass when the training looks up
+        result = train_proxy(
+            record.architecture,
+            config.proxy,
+            seed=record.seed,
+            device=device,
+            on_progress=lambda tokens, loss: give_way(),
+        )
     record.curve, record.objectives["loss"] = result.curve, result.loss
     record.seconds |= result.seconds
     record.paths |= result.paths

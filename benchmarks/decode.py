@@ -23,9 +23,9 @@ import torch
 import triton
 
 from archsearch.architecture import Architecture, load_architecture, make_architecture
+from archsearch.latency.bandwidth import measure_bandwidth
 from archsearch.model.decode import DecodeGraph, DecodePlan
 from archsearch.model.hybrid import build_model
-from archsearch.model.kernels.bandwidth import read_bandwidth
 
 matplotlib.use("agg")
 from matplotlib import pyplot
@@ -142,7 +142,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU")
     options.out.mkdir(parents=True, exist_ok=True)
-    bandwidth = read_bandwidth(torch.device("cuda"))
+    bandwidth = measure_bandwidth(torch.device("cuda")).read
     print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e12:.2f} TB/s read", flush=True)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,

@@ -17,11 +17,11 @@ from archsearch.latency import nvml
 from archsearch.latency.device import (
     DoesNotFit,
     describe,
-    exclusive,
     free_memory,
     require_memory,
     resolve_device,
 )
+from archsearch.latency.lock import exclusive
 from archsearch.latency.nvml import GpuState, ask_nvml
 
 CPU = torch.device("cpu")

@@ -22,6 +22,7 @@ class Tile:
     batch: int
     rows: int
     chunk: int
+    warps: int
     stages: int
 
 
@@ -39,7 +40,7 @@ def gemm_shape(batch: int, n: int, k: int, group: int | None = None) -> Tile:
                 f"norm groups of {group} channels do not fit the tensor cores", "choose a multiple of 16 or batch 1"
             )
     rows = 16 if n < 4096 else 32 if n < 16384 else 64
-    return Tile(min(64, max(SMALLEST, power_of_two(batch))), rows, chunk, 4)
+    return Tile(min(64, max(SMALLEST, power_of_two(batch))), rows, chunk, 4, 4)
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def _run(x: Tensor, weight: Tensor, out: Tensor, epilogue: Epilogue, norm: Norm 
     tile = gemm_shape(batch, n, k, k // groups)
     grid = (triton.cdiv(n, tile.rows), triton.cdiv(batch, tile.batch))
     sizes = {"ROWS": tile.rows, "CHUNK": tile.chunk, "BATCH_BLOCK": tile.batch}
-    launch(gemm_kernel, grid, x, *tensors, n, batch, eps, **constants, **sizes, warps=4, stages=tile.stages)
+    launch(gemm_kernel, grid, x, *tensors, n, batch, eps, **constants, **sizes, warps=tile.warps, stages=tile.stages)
 
 
 def _normalized(x: Tensor, norm: Norm | None) -> Tensor:
