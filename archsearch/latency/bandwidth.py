@@ -18,7 +18,7 @@ GPU_BYTES, CPU_BYTES = 2**32, 2**27
 """Sizes read: far beyond the last cache of a GPU, beyond that of most CPUs."""
 GRANULE = 16384 * 4
 """Bytes that a program of the reading kernel takes."""
-REPEATS = 9
+REPEATS = 7
 
 
 class Bandwidth(Frozen):

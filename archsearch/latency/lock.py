@@ -18,8 +18,8 @@ import torch
 
 from archsearch.errors import EnvironmentUnfit
 
-_present: dict[str, int] = {}
-"""Handles of this process's own marks; they are held until it ends."""
+_present: dict[tuple[str, int], int] = {}
+"""Handles of the marks that a process (a fork has the dictionary, but not the marks) holds until it ends."""
 
 
 def _path(name: str) -> Path:
@@ -80,11 +80,11 @@ def sharing(device: torch.device) -> Iterator[Callable[[], None]]:
 def be_present(device: torch.device) -> None:
     """Mark this process as one of ours on a GPU, so that measurements in others do not take it for a stranger."""
     key = device_key(device)
-    if key == "cpu" or key in _present:
+    mark = key, os.getpid()
+    if key == "cpu" or mark in _present:
         return
-    handle = _open(_path(f"user-{key}-{os.getpid()}.lock"))
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    _present[key] = handle
+    _present[mark] = _open(_path(f"user-{key}-{os.getpid()}.lock"))
+    fcntl.flock(_present[mark], fcntl.LOCK_EX)
 
 
 def count_present(device: torch.device) -> int:

@@ -52,8 +52,9 @@ class PrefillTimes(Frozen):
     paths: dict[str, str]
 
 
-def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] = LENGTHS) -> PrefillTimes:
-    """Time prompts of ``lengths`` random tokens, ``batch`` at once, on the model's device.
+@torch.inference_mode()
+def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None = None) -> PrefillTimes:
+    """Time prompts of ``lengths`` random tokens (``LENGTHS`` when absent), ``batch`` at once, on the model's device.
 
     A length that the memory does not hold, or that would take a CPU too long, is left out with the reason.
     """
@@ -64,7 +65,7 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] = LENG
     omitted: dict[int, str] = {}
     paths = model.paths()
     try:
-        for length in lengths:
+        for length in lengths or LENGTHS:
             reason = _too_large(model.architecture, batch, length, device)
             reason = reason or _too_slow(model.architecture, measured, length)
             try:

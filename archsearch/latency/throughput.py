@@ -57,6 +57,7 @@ class Throughput(Frozen):
         return max(self.batches, key=lambda batch: batch.tokens_per_second)
 
 
+@torch.inference_mode()
 def measure_throughput(model: HybridLM, context: int, bandwidth: Bandwidth) -> Throughput:
     """Decode batches of 1, 2, 4, ... sequences with ``context`` tokens each until the memory is full.
 
