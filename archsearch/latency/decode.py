@@ -26,10 +26,12 @@ from archsearch.latency.timing import (
     BUDGET,
     Plan,
     Run,
+    fitted,
     integrate,
     interrupted,
     make_plan,
     time_all,
+    time_steps,
     time_strata,
     undisturbed,
     warm_up,
@@ -117,10 +119,13 @@ def _until_undisturbed(runtime: Runtime, config: LatencyConfig, device: torch.de
 
 
 def _time(runtime: Runtime, config: LatencyConfig, timed: _Timed, full: bool) -> None:
-    watch, plan = timed.watch, timed.plan
-    cuda = runtime.token.is_cuda
+    watch, cuda = timed.watch, runtime.token.is_cuda
     watch.notes.extend(timed.info.notes)
     runtime.begin()
+    first = time_steps(runtime, timed.plan.starts[0], 1).seconds[0]
+    plan = timed.plan = fitted(timed.plan, first)
+    if plan.steps < min(config.steps, int(plan.width)):
+        watch.notes.append(f"{plan.steps} of {config.steps} steps a stratum: one takes {first:.2g} s")
     if cuda:
         torch.cuda.reset_peak_memory_stats(runtime.token.device)
     if not warm_up(runtime, plan):

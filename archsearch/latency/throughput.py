@@ -87,7 +87,7 @@ def _limit(model: HybridLM, batch: int, context: int, found: list[BatchSpeed]) -
     logits = 2 * batch * len(weight) * weight.element_size()
     if needed + copies + logits > SHARE[weight.device.type] * free_memory(weight.device):
         return f"batch {batch} does not fit the memory"
-    if not weight.is_cuda and found and 2 * found[-1].step_ms * RUNS * STEPS > 1e3 * CPU_SECONDS:
+    if not weight.is_cuda and found and found[-1].step_ms * RUNS * STEPS > 1e3 * CPU_SECONDS:
         return f"batch {batch} would take this CPU too long"
     return f"batch {MOST} is the largest tried" if batch > MOST else ""
 
@@ -96,9 +96,11 @@ def _measure(model: HybridLM, batch: int, context: int, bandwidth: Bandwidth) ->
     architecture, width = model.architecture, model.embed_tokens.weight.element_size()
     runtime = make_runtime(model, batch, context + ROOM)
     error = check_runtime(runtime, model, batch, context + ROOM)
-    time_steps(runtime, context, STEPS)
-    seconds = statistics.median(x for _ in range(RUNS) for x in time_steps(runtime, context, STEPS).seconds)
-    check_position(runtime, context + STEPS)
+    first = time_steps(runtime, context, 1).seconds[0]
+    steps = STEPS if runtime.token.is_cuda else max(1, min(STEPS, int(CPU_SECONDS / RUNS / first)))
+    time_steps(runtime, context, steps)
+    seconds = statistics.median(x for _ in range(RUNS) for x in time_steps(runtime, context, steps).seconds)
+    check_position(runtime, context + steps)
     check_end(runtime)
     floor = architecture.step_bytes(context + STEPS // 2, batch=batch, width=width) / bandwidth.read
     return BatchSpeed(

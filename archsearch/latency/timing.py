@@ -58,6 +58,16 @@ def make_plan(config: LatencyConfig) -> Plan:
     return Plan(starts, steps, width)
 
 
+def fitted(plan: Plan, step_seconds: float) -> Plan:
+    """``plan`` with so many steps a stratum that a pass stays within a third of ``BUDGET``; one at least."""
+    most = int(BUDGET / 3 / (step_seconds * len(plan.starts)))
+    if plan.steps <= most:
+        return plan
+    steps = max(1, most)
+    starts = tuple(middle - steps // 2 for middle in plan.middles)
+    return Plan(starts, steps, plan.width)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive timed steps: seconds of each, and the share of them that the CPU spent on this thread."""
