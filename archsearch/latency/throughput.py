@@ -58,8 +58,8 @@ class Throughput(Frozen):
 
 
 @torch.inference_mode()
-def measure_throughput(model: HybridLM, context: int, bandwidth: Bandwidth) -> Throughput:
-    """Decode batches of 1, 2, 4, ... sequences with ``context`` tokens each until the memory is full.
+def measure_throughput(model: HybridLM, context: int, bandwidth: Bandwidth, largest: int = MOST) -> Throughput:
+    """Decode batches of 1, 2, 4, ... sequences with ``context`` tokens each until the memory is full, or ``largest``.
 
     Raises:
         InvalidMeasurement: a batch computes something else than the forward pass.
@@ -75,6 +75,7 @@ def measure_throughput(model: HybridLM, context: int, bandwidth: Bandwidth) -> T
         if device.type == "cuda":
             torch.cuda.empty_cache()
         batch *= 2
+        ended = ended or (f"batch {largest} is the largest tried" if batch > largest else "")
         ended = ended or _limit(model, batch, context, found)
     return Throughput(context=context, batches=tuple(found), ended=ended)
 
@@ -89,7 +90,7 @@ def _limit(model: HybridLM, batch: int, context: int, found: list[BatchSpeed]) -
         return f"batch {batch} does not fit the memory"
     if not weight.is_cuda and found and found[-1].step_ms * RUNS * STEPS > 1e3 * CPU_SECONDS:
         return f"batch {batch} would take this CPU too long"
-    return f"batch {MOST} is the largest tried" if batch > MOST else ""
+    return ""
 
 
 def _measure(model: HybridLM, batch: int, context: int, bandwidth: Bandwidth) -> BatchSpeed:

@@ -131,6 +131,19 @@ def test_wrong_position_is_found() -> None:
         check(runtime_of(Shifted))
 
 
+@pytest.mark.parametrize("kind", ["a", "w"])
+def test_step_that_reads_the_tail_of_a_cache_is_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def careless(*args: object, attn_mask: object = None, **options: object) -> torch.Tensor:
+        return attend(*args, **options)
+
+    runtime = runtime_of(TorchRuntime, architecture_of(f"{kind} f"))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", careless)
+    with pytest.raises(InvalidMeasurement, match="other logits than the forward pass"):
+        check(runtime)
+
+
 @pytest.mark.parametrize("kind", ["a", "w", "d", "gd", "gl", "m2"])
 def test_state_that_is_not_emptied_is_found(kind: str) -> None:
     class Dirty(TorchRuntime):
