@@ -77,7 +77,7 @@ class LatencyConfig(Frozen):
     repeats: int = Field(3, ge=1, description="passes over the strata")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     others: Literal["refuse", "note"] = Field(
-        "refuse", description="other programs on the GPU make a measurement invalid, or are noted"
+        "refuse", description="signs of other programs on the GPU: invalid, or noted"
     )
 
 

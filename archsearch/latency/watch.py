@@ -7,13 +7,15 @@ from typing import Literal, TypeVar
 
 import torch
 
-from archsearch.latency.canary import time_canary
+from archsearch.latency.canary import canary_bytes, time_canary
 from archsearch.latency.lock import count_present, device_key
-from archsearch.latency.nvml import GpuState, gpu_state
+from archsearch.latency.nvml import GpuState, gpu_state, peak_bandwidth
 from archsearch.latency.validity import Disturbed
 
-CANARY_MOVES = 0.01
-"""Relative change of the canary's step time above which a measurement does not count."""
+MOVES, SLOWER, SLOWEST = 0.01, 0.05, 0.6
+"""What the canary may do: its relative change during a measurement; how much slower it may be than ever before in this
+process, as heat explains some of that; the share of the memory's peak rate that it must reach at least."""
+_best: dict[torch.device, float] = {}
 ATTEMPTS = 3
 """Measurements before a disturbed one is given up."""
 POWER_CAP = 0x4
@@ -26,7 +28,7 @@ class Watch:
 
     Args:
         device: that is timed.
-        others: whether other processes on a GPU make a measurement invalid, or are noted.
+        others: whether signs of other processes on a GPU make a measurement invalid, or are noted.
 
     Attributes:
         states: NVML's view at each look; empty on a CPU, or without NVML.
@@ -59,24 +61,35 @@ class Watch:
         if state.throttle & POWER_CAP:
             self.notes.append("the power cap lowered the clocks")
         if (strangers := state.processes - count_present(self.device)) > 0:
-            cause = f"{strangers} other process(es) use the GPU"
-            if self.others == "refuse":
-                raise Disturbed(cause, "end them, or accept a weaker number with latency.others=note")
-            self.notes.append(cause)
+            self._shared(f"{strangers} other process(es) use the GPU")
+        elif state.processes == 0:
+            self.notes.append("NVML shows no processes here, not even this one: the canary alone tells of others")
 
     def sing(self) -> None:
         """Time the canary.
 
         Raises:
-            Disturbed: it moved since the last time.
+            Disturbed: it moved since the last time, is slower than it was before in this process, or so slow that
+                somebody else must have the GPU most of the time.
         """
         if self.device.type == "cpu":
             return
-        self.canary.append(time_canary(self.device))
-        before, after = self.canary[0], self.canary[-1]
-        if abs(after - before) > CANARY_MOVES * before:
-            cause = f"the canary's step went from {before:.4f} to {after:.4f} ms during the measurement"
-            raise Disturbed(cause, "leave the machine alone while it measures")
+        now = time_canary(self.device)
+        self.canary.append(now)
+        best = _best[self.device] = min(now, _best.get(self.device, now))
+        peak = peak_bandwidth(device_key(self.device))
+        if abs(now - self.canary[0]) > MOVES * self.canary[0]:
+            self._shared(f"the canary's step went from {self.canary[0]:.4f} to {now:.4f} ms during the measurement")
+        elif now > (1 + SLOWER) * best:
+            self._shared(f"the canary's step takes {now:.4f} ms and took {best:.4f} ms before")
+        elif canary_bytes() / (now * 1e-3) < SLOWEST * peak:
+            self._shared(f"the canary reads {canary_bytes() / now / 1e9:.2f} TB/s of the {peak / 1e12:.2f} possible")
+
+    def _shared(self, cause: str) -> None:
+        if self.others == "refuse":
+            remedy = "leave the GPU to the measurement, or accept a weaker number with latency.others=note"
+            raise Disturbed(cause, remedy)
+        self.notes.append(cause)
 
 
 def watched(device: torch.device, others: Literal["refuse", "note"], run: Callable[[], T]) -> tuple[T, list[str]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from archsearch.latency import watch
+from archsearch.latency.canary import canary_bytes
 from archsearch.latency.nvml import GpuState
 from archsearch.latency.validity import Disturbed, InvalidMeasurement
 from archsearch.latency.watch import ATTEMPTS, Watch, watched
@@ -21,10 +22,13 @@ class Machine:
         self.state: GpuState | None = QUIET
         self.ours = 1
         self.canary = [0.1]
+        self.peak = canary_bytes() / 0.08e-3
         monkeypatch.setattr(watch, "device_key", str)
         monkeypatch.setattr(watch, "gpu_state", lambda key: (self.state, "" if self.state else "NVML: absent"))
         monkeypatch.setattr(watch, "count_present", lambda device: self.ours)
         monkeypatch.setattr(watch, "time_canary", self.time_canary)
+        monkeypatch.setattr(watch, "peak_bandwidth", lambda key: self.peak)
+        monkeypatch.setattr(watch, "_best", {})
 
     def time_canary(self, device: torch.device) -> float:
         return self.canary.pop(0) if len(self.canary) > 1 else self.canary[0]
@@ -81,6 +85,31 @@ def test_canary_that_moves_is_refused(machine: Machine, after: float) -> None:
         found.sing()
 
 
+def test_canary_slower_than_before_is_refused(machine: Machine) -> None:
+    machine.canary = [0.1, 0.106]
+    Watch(GPU, "refuse").sing()
+    with pytest.raises(Disturbed, match=r"takes 0.1060 ms and took 0.1000 ms before"):
+        Watch(GPU, "refuse").sing()
+
+
+def test_canary_far_below_the_memory_rate_is_refused(machine: Machine) -> None:
+    machine.canary = [0.2]
+    with pytest.raises(Disturbed, match="TB/s"):
+        Watch(GPU, "refuse").sing()
+    accepting = Watch(GPU, "note")
+    accepting.sing()
+    assert "TB/s" in accepting.notes[0]
+    machine.peak = 0.0  # NVML does not say
+    Watch(GPU, "refuse").sing()
+
+
+def test_hidden_processes_are_noted(machine: Machine) -> None:
+    machine.state = QUIET.model_copy(update={"processes": 0})
+    found = Watch(GPU, "refuse")
+    found.look()
+    assert "not even this one" in found.notes[0]
+
+
 def test_absent_nvml_is_noted(machine: Machine) -> None:
     machine.state = None
     found = Watch(GPU, "refuse")
@@ -89,7 +118,7 @@ def test_absent_nvml_is_noted(machine: Machine) -> None:
 
 
 def test_disturbed_measurement_is_taken_again(machine: Machine) -> None:
-    machine.canary = [0.1, 0.2, 0.2, 0.2]
+    machine.canary = [0.1, 0.102, 0.102, 0.102]
     runs: list[int] = []
     found, notes = watched(GPU, "refuse", lambda: runs.append(1) or len(runs))
     assert (found, notes) == (2, [])
@@ -105,7 +134,7 @@ def test_measurement_that_is_always_disturbed_is_no_number(machine: Machine) -> 
 
     def disturb() -> None:
         runs.append(1)
-        machine.canary = [machine.canary[0] * 2]
+        machine.canary = [machine.canary[0] * 1.02]
 
     with pytest.raises(InvalidMeasurement, match="canary"):
         watched(GPU, "refuse", disturb)
