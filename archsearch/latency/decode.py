@@ -69,10 +69,10 @@ def measure_decode(
         EnvironmentUnfit: the device failed.
     """
     device = torch.device(device)
-    dtype = _dtype(config.dtype, device) if model is None else model.embed_tokens.weight.dtype
-    _check_fits(architecture, config, device, dtype, weights=model is None)
-    held = _allocated(device) - sum(p.nbytes for p in model.parameters()) if model else _allocated(device)
     with device_errors(device), torch.inference_mode():
+        dtype = _dtype(config.dtype, device) if model is None else model.embed_tokens.weight.dtype
+        _check_fits(architecture, config, device, dtype, weights=model is None)
+        held = _allocated(device) - sum(p.nbytes for p in model.parameters()) if model else _allocated(device)
         model = build_model(architecture, 0, device, dtype) if model is None else model
         runtime = make_runtime(model, config.batch, config.tokens)
         error = check_runtime(runtime, model, config.batch, config.tokens)
