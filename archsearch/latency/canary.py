@@ -25,7 +25,8 @@ FIELDS = {"hidden_size": 2048, "vocab_size": 32768, "operators": "f f f f", "opt
 
 
 @functools.cache
-def _runtime(device: torch.device) -> Runtime:
+def make_canary(device: torch.device) -> Runtime:
+    """Build it, once a process; before anything large is, or there might be no room left for it."""
     with torch.inference_mode():
         runtime = make_runtime(build_model(make_architecture(**FIELDS), 0, device, torch.bfloat16), 1, TOKENS)
         runtime.begin()
@@ -39,11 +40,11 @@ def canary_bytes() -> int:
 
 
 def time_canary(device: torch.device) -> float:
-    """Milliseconds a step of the canary on a GPU, once two runs agree; the first call in a process builds it.
+    """Milliseconds a step of the canary on a GPU, once two runs agree.
 
     The mean, not the median: another process that has the GPU in between shall show.
     """
-    runtime, before, end = _runtime(device), 0.0, time.perf_counter() + LONGEST
+    runtime, before, end = make_canary(device), 0.0, time.perf_counter() + LONGEST
     while True:
         now = statistics.mean(x for _ in range(RUNS) for x in time_steps(runtime, 0, STEPS).seconds)
         if abs(now - before) <= AGREE * now or time.perf_counter() > end:

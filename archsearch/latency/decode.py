@@ -16,6 +16,7 @@ import torch
 from archsearch.architecture import Architecture
 from archsearch.config import LatencyConfig
 from archsearch.latency.bandwidth import Bandwidth, measure_bandwidth
+from archsearch.latency.canary import make_canary
 from archsearch.latency.device import DeviceInfo, describe, device_errors, require_memory
 from archsearch.latency.lock import exclusive
 from archsearch.latency.protocol import VERSION, kernel_hash
@@ -70,6 +71,8 @@ def measure_decode(
     """
     device = torch.device(device)
     with device_errors(device), torch.inference_mode():
+        if device.type == "cuda":
+            make_canary(device)
         dtype = _dtype(config.dtype, device) if model is None else model.embed_tokens.weight.dtype
         _check_fits(architecture, config, device, dtype, weights=model is None)
         held = _allocated(device) - sum(p.nbytes for p in model.parameters()) if model else _allocated(device)
