@@ -14,10 +14,13 @@ import torch
 
 from archsearch.architecture import Architecture
 from archsearch.latency.device import free_memory
+from archsearch.latency.validity import check_prefill
 from archsearch.model.hybrid import DecodeState, HybridLM
 from archsearch.schema import Frozen
 
 LENGTHS = (512, 2048, 8192, 32768)
+CHECKED = 300
+"""Tokens of the prompt that is compared with the reference: several chunks, the last one not full."""
 WARM_UPS, REPEATS = 2, 7
 CPU_SECONDS = 3.0
 """On a CPU a prompt is left out that would take longer than this, judged by the one before."""
@@ -45,11 +48,18 @@ class Prefill(Frozen):
 
 
 class PrefillTimes(Frozen):
-    """All lengths that were measured, why others were not, and which implementation of each kind ran."""
+    """All lengths that were measured.
+
+    Attributes:
+        omitted: why other lengths were not.
+        paths: which implementation of each kind ran.
+        error: largest relative error of logits and states against the plain-torch reference.
+    """
 
     measured: tuple[Prefill, ...]
     omitted: dict[int, str]
     paths: dict[str, str]
+    error: float
 
 
 @torch.inference_mode()
@@ -57,14 +67,17 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None
     """Time prompts of ``lengths`` random tokens (``LENGTHS`` when absent), ``batch`` at once, on the model's device.
 
     A length that the memory does not hold, or that would take a CPU too long, is left out with the reason.
+
+    Raises:
+        InvalidMeasurement: logits or states differ from those of the plain-torch reference.
     """
     device = model.embed_tokens.weight.device
-    if device.type == "cuda" and importlib.util.find_spec("fla") is not None:
-        model.use("fla")
+    path = "fla" if device.type == "cuda" and importlib.util.find_spec("fla") is not None else "torch"
     measured: list[Prefill] = []
     omitted: dict[int, str] = {}
-    paths = model.paths()
     try:
+        error = check_prefill(model, path, CHECKED) if path != "torch" else 0.0
+        paths = model.use(path).paths()
         for length in lengths or LENGTHS:
             reason = _too_large(model.architecture, batch, length, device)
             reason = reason or _too_slow(model.architecture, measured, length)
@@ -78,7 +91,7 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None
                 omitted[length] = reason
     finally:
         model.use("torch")
-    return PrefillTimes(measured=tuple(measured), omitted=omitted, paths=paths)
+    return PrefillTimes(measured=tuple(measured), omitted=omitted, paths=paths, error=error)
 
 
 def _too_large(architecture: Architecture, batch: int, length: int, device: torch.device) -> str:

@@ -90,6 +90,31 @@ def check_depth(runtime: Runtime, model: HybridLM, tokens: int) -> float:
     return _worst(errors, runtime)
 
 
+def check_prefill(model: HybridLM, path: str, length: int) -> float:
+    """Compare a prompt through the implementation ``path`` with the plain-torch reference.
+
+    Returns:
+        The largest relative error, of the logits and of each state buffer.
+
+    Raises:
+        InvalidMeasurement: the two do not agree.
+    """
+    weight = model.embed_tokens.weight
+    tokens = torch.randint(len(weight), (1, length), generator=torch.Generator().manual_seed(0)).to(weight.device)
+
+    def prefilled(path: str) -> list[Tensor]:
+        state = model.use(path).allocate_state(1, length)
+        logits = model.prefill(tokens, state)
+        return [logits, *(buffer.flatten() for layer in state.layers for buffer in layer.values())]
+
+    pairs = zip(prefilled("torch"), prefilled(path), strict=True)
+    worst = float(np.max([_error(found, expected) for expected, found in pairs]))
+    if not worst <= TOLERANCE[weight.dtype]:
+        cause = f"prefill ({path}) gives other logits or states than the reference: relative error {worst:.2g}"
+        raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
+    return worst
+
+
 def _error(found: Tensor, expected: Tensor) -> float:
     difference = torch.linalg.vector_norm(found.float() - expected.float(), dim=-1)
     return float((difference / torch.linalg.vector_norm(expected.float(), dim=-1)).max())

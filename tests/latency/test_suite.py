@@ -21,7 +21,7 @@ from archsearch.latency.prefill import measure_prefill
 from archsearch.latency.result import DecodeLatency
 from archsearch.latency.suite import LatencyReport, measure_all
 from archsearch.latency.throughput import measure_throughput
-from archsearch.latency.validity import InvalidMeasurement
+from archsearch.latency.validity import InvalidMeasurement, check_prefill
 from archsearch.model.hybrid import HybridLM, build_model
 
 CPU = torch.device("cpu")
@@ -71,6 +71,20 @@ def test_prefill_that_does_not_fit_is_left_out_with_its_reason(monkeypatch: pyte
 def test_prefill_that_takes_a_cpu_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "CPU_SECONDS", 1e-9)
     assert "would take a CPU" in measure_prefill(model(), 1, lengths=(16, 64)).omitted[64]
+
+
+def test_prefill_that_differs_from_the_reference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = model()
+
+    def use(path: str) -> HybridLM:
+        network.layers[0].norm.weight.data.fill_(1.0 if path == "torch" else 1.3)
+        return network
+
+    monkeypatch.setattr(network, "use", use)
+    with torch.inference_mode():
+        assert check_prefill(network, "torch", 20) == 0
+        with pytest.raises(InvalidMeasurement, match=r"prefill \(other\) gives other logits or states"):
+            check_prefill(network, "other", 20)
 
 
 def test_batches_double_to_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
