@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from archsearch.schema import Frozen
 
@@ -42,11 +41,14 @@ class Samples(Frozen):
 
 
 def median_interval(values: npt.NDArray[np.float64]) -> tuple[float, float] | None:
-    """95 % interval of the median from order statistics (binomial), or None below six values."""
+    """95 % interval of the median from order statistics, or None below six values.
+
+    The ranks are those of the normal approximation of the binomial distribution, rounded outwards.
+    """
     count = len(values)
-    rank = int(stats.binom.ppf(0.025, count, 0.5))
-    if rank < 1 or count < 6:
+    if count < 6:
         return None
+    rank = max(1, int((count - 1.96 * count**0.5) / 2))
     ordered = np.sort(values)
     return float(ordered[rank - 1]), float(ordered[count - rank])
 
