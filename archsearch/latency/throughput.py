@@ -52,9 +52,9 @@ class Throughput(Frozen):
     ended: str
 
     @property
-    def best(self) -> BatchSpeed:
-        """The batch with most tokens a second."""
-        return max(self.batches, key=lambda batch: batch.tokens_per_second)
+    def best(self) -> BatchSpeed | None:
+        """The batch with most tokens a second; None where not even one sequence fits."""
+        return max(self.batches, key=lambda batch: batch.tokens_per_second, default=None)
 
 
 @torch.inference_mode()
@@ -66,22 +66,24 @@ def measure_throughput(model: HybridLM, context: int, bandwidth: Bandwidth, larg
     """
     device = model.embed_tokens.weight.device
     found: list[BatchSpeed] = []
-    batch, ended = 1, ""
-    while not ended:
+    batch = 1
+    while not (ended := _limit(model, batch, context, largest, found)):
         try:
             found.append(_measure(model, batch, context, bandwidth))
         except torch.OutOfMemoryError:
             ended = f"batch {batch} ran out of memory"
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            break
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         batch *= 2
-        ended = ended or (f"batch {largest} is the largest tried" if batch > largest else "")
-        ended = ended or _limit(model, batch, context, found)
     return Throughput(context=context, batches=tuple(found), ended=ended)
 
 
-def _limit(model: HybridLM, batch: int, context: int, found: list[BatchSpeed]) -> str:
+def _limit(model: HybridLM, batch: int, context: int, largest: int, found: list[BatchSpeed]) -> str:
     """Why ``batch`` is not tried; empty where it is."""
+    if batch > largest:
+        return f"batch {largest} is the largest tried"
     weight = model.embed_tokens.weight
     needed = model.architecture.state_bytes(context + ROOM, batch=batch, width=weight.element_size())
     copies = model.architecture.weight_bytes(weight.element_size()) if weight.is_cuda else 0

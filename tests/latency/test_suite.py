@@ -100,6 +100,11 @@ def test_batches_double_to_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> 
     assert found.best in found.batches
 
 
+def test_context_that_does_not_fit_has_no_throughput() -> None:
+    found = measure_throughput(model(), 10**12, Bandwidth(read=1e10, copied=1e10))
+    assert (found.batches, found.best, found.ended) == ((), None, "batch 1 does not fit the memory")
+
+
 def test_doubling_ends_before_a_cpu_is_busy_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "CPU_SECONDS", 0.0)
     found = measure_throughput(model(), 20, Bandwidth(read=1e10, copied=1e10))
