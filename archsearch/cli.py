@@ -170,16 +170,22 @@ def latency(
     space: Annotated[Path | None, Option(metavar="FILE", help="Take the latency settings from this config.")] = None,
     set_: Set = None,
     device: Device = "auto",
+    dtype: Annotated[str | None, Option(help="auto, bfloat16 or float32.")] = None,
+    batch: Annotated[int | None, Option(help="Sequences at once.")] = None,
+    tokens: Annotated[str | None, Option(help="Tokens to decode a sequence, such as 8192.")] = None,
+    context: Annotated[int | None, Option(min=1, help="Tokens stored for the throughput; tokens if absent.")] = None,
+    exact: Annotated[bool, Option("--exact", help="Also decode all tokens, in three fresh processes.")] = False,
     json: Json = False,
 ) -> None:
-    """Measure how fast one architecture decodes."""
+    """Measure one architecture: decode, prefill, throughput, memory and energy."""
     from archsearch.architecture import load_architecture
     from archsearch.commands import single
-    from archsearch.commands.settings import load_section
+    from archsearch.commands.settings import as_overrides, load_section
     from archsearch.config import LatencyConfig
 
-    config = load_section("latency", LatencyConfig, space, set_ or ())
-    result = single.measure(load_architecture(arch), config, device=device)
+    flags = as_overrides({"latency.dtype": dtype, "latency.batch": batch, "latency.tokens": tokens})
+    config = load_section("latency", LatencyConfig, space, [*(set_ or ()), *flags])
+    result = single.measure(load_architecture(arch), config, device=device, context=context, exact=exact)
     print_json("latency", result) if json else print(*single.latency_lines(result), sep="\n")
 
 

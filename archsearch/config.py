@@ -122,6 +122,9 @@ class LatencyConfig(Frozen):
     steps: int = Field(64, ge=1, description="steps timed at each position")
     repeats: int = Field(3, ge=1, description="passes over the strata")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    others: Literal["refuse", "note"] = Field(
+        "refuse", description="signs of other programs on the GPU: invalid, or noted"
+    )
 
 
 class ExecutionConfig(Frozen):

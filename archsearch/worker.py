@@ -220,10 +220,19 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
 
 def _train(record: _Record, config: RunConfig, device: torch.device, weights: str | None) -> None:
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
-    result = train_proxy(record.architecture, config.proxy, seed=record.seed, device=device, seconds=record.seconds)
+    with sharing(device) as give_way:  # measurements in other processes pass when the training looks up
+        result = train_proxy(
+            record.architecture,
+            config.proxy,
+            seed=record.seed,
+            device=device,
+            on_progress=lambda tokens, loss: give_way(),
+            seconds=record.seconds,
+        )
     corpus = load_corpus(config.proxy, record.architecture.vocab_size)
     record.curve, record.objectives["loss"] = result.curve, result.loss
     record.paths |= result.paths

@@ -107,10 +107,12 @@ class DecodePlan:
     def load(self, state: DecodeState, token: Tensor) -> None:
         """Go on from ``state``, as ``HybridLM.prefill`` or ``begin`` left it, with ``token`` [B].
 
+        A state of one sequence becomes that of all.
+
         Raises:
             UsageError: a state of another batch or capacity.
         """
-        if (state.batch, state.capacity) != (self.batch, self.capacity):
+        if state.batch not in (1, self.batch) or state.capacity != self.capacity:
             mismatch = f"a state of {state.batch} x {state.capacity} for a plan of {self.batch} x {self.capacity}"
             raise UsageError(mismatch, "allocate the state with the plan's batch and length")
         self._copy(state)
@@ -200,6 +202,11 @@ class DecodeGraph:
             for _ in range(self.steps):
                 self.plan.step()
 
+    @property
+    def kernels(self) -> dict[str, int]:
+        """See ``DecodePlan.kernels``."""
+        return self.plan.kernels
+
     def begin(self) -> None:
         """See ``DecodePlan.begin``."""
         self.plan.begin()
@@ -207,6 +214,10 @@ class DecodeGraph:
     def feed(self, token: Tensor) -> None:
         """See ``DecodePlan.feed``."""
         self.plan.feed(token)
+
+    def load(self, state: DecodeState, token: Tensor) -> None:
+        """See ``DecodePlan.load``."""
+        self.plan.load(state, token)
 
     def seek(self, tokens: int) -> None:
         """See ``DecodePlan.seek``."""

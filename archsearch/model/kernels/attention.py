@@ -67,15 +67,15 @@ class Tile:
 
 
 def attention_shape(batch: int, heads: Heads, slots: int) -> Tile:
-    """The cut for ``slots`` stored tokens: enough programs to fill a GPU of 132 processors."""
-    group, warps, tokens = min(2, heads.share), 8, 128
+    """The cut for ``slots`` stored tokens: two programs for each of the 132 processors of a GPU."""
+    group, warps, tokens = min(2, heads.share), 4, 128
     # sixteen bytes a thread and tile: its 8 channels of one token
     block = max(4, warps * 32 * 8 // power_of_two(heads.dim))
-    wanted = power_of_two(max(1, 128 // (batch * heads.kv * -(-heads.share // group))))
+    wanted = power_of_two(max(1, 256 // (batch * heads.kv * -(-heads.share // group))))
     return Tile(
         group,
         block,
-        min(4, max(1, 64 // block)),
+        min(8, max(1, 64 // block)),
         max(1, min(wanted, 64, power_of_two(-(-slots // tokens)))),
         tokens,
         warps,

@@ -22,24 +22,30 @@ class Tile:
     batch: int
     rows: int
     chunk: int
+    warps: int
     stages: int
 
 
-def gemm_shape(batch: int, n: int, k: int, group: int | None = None) -> Tile:
-    """The cut for an [n, k] matrix and a batch; a chunk lies in one ``group`` of columns that share a norm.
+def chunk_of(most: int, k: int, group: int | None) -> int:
+    """Columns a product, at most ``most``: a chunk lies in one ``group`` of columns that share a norm.
 
     Raises:
         EnvironmentUnfit: groups so odd that no chunk of 16 columns fits into them.
     """
-    chunk = 128
-    if group not in (None, k):
-        chunk = min(chunk, power_of_two_in(group))
-        if chunk < SMALLEST:
-            raise EnvironmentUnfit(
-                f"norm groups of {group} channels do not fit the tensor cores", "choose a multiple of 16 or batch 1"
-            )
-    rows = 16 if n < 4096 else 32 if n < 16384 else 64
-    return Tile(min(64, max(SMALLEST, power_of_two(batch))), rows, chunk, 4)
+    if group in (None, k):
+        return most
+    chunk = min(most, power_of_two_in(group))
+    if chunk < SMALLEST:
+        raise EnvironmentUnfit(
+            f"norm groups of {group} channels do not fit the tensor cores", "choose a multiple of 16 or batch 1"
+        )
+    return chunk
+
+
+def gemm_shape(batch: int, n: int, k: int, group: int | None = None) -> Tile:
+    """The cut for an [n, k] matrix and a batch. Raises EnvironmentUnfit as ``chunk_of`` does."""
+    rows = 32 if n < 4096 else 64
+    return Tile(min(64, max(SMALLEST, power_of_two(batch))), rows, chunk_of(64, k, group), 4, 4)
 
 
 @triton.jit

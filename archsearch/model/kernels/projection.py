@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from archsearch.model.kernels.common import launch, power_of_two
 from archsearch.model.kernels.gemm import gemm_kernel, gemm_shape
 from archsearch.model.kernels.gemv import gemv_kernel, gemv_shape
+from archsearch.model.kernels.narrow import MOST, narrow_kernel, narrow_shape
 
 
 class Epilogue(IntEnum):
@@ -78,6 +79,8 @@ def head_parts(batch: int, vocabulary: int, hidden: int) -> int:
     if batch == 1:
         shape = gemv_shape(vocabulary, hidden, logits=True)
         return triton.cdiv(vocabulary, shape.rows * shape.steps)
+    if batch <= MOST:
+        return triton.cdiv(vocabulary, narrow_shape(batch, vocabulary, hidden).rows)
     return triton.cdiv(vocabulary, gemm_shape(batch, vocabulary, hidden).rows)
 
 
@@ -99,10 +102,16 @@ def _run(x: Tensor, weight: Tensor, out: Tensor, epilogue: Epilogue, norm: Norm 
         sizes = {"ROWS": cut.rows, "STEPS": cut.steps, "CHUNK": cut.chunk}
         launch(gemv_kernel, grid, x, *tensors, n, eps, **constants, **sizes, warps=cut.warps)
         return
+    if batch <= MOST:
+        held = narrow_shape(batch, n, k, k // groups, epilogue == Epilogue.GATED)
+        sizes = {"ROWS": held.rows, "CHUNK": held.chunk, "DEPTH": held.depth, "BATCH_BLOCK": held.batch}
+        launch(narrow_kernel, (triton.cdiv(n, held.rows),), x, *tensors, n, batch, eps, **constants, **sizes,
+               warps=held.warps)  # fmt: skip
+        return
     tile = gemm_shape(batch, n, k, k // groups)
     grid = (triton.cdiv(n, tile.rows), triton.cdiv(batch, tile.batch))
     sizes = {"ROWS": tile.rows, "CHUNK": tile.chunk, "BATCH_BLOCK": tile.batch}
-    launch(gemm_kernel, grid, x, *tensors, n, batch, eps, **constants, **sizes, warps=4, stages=tile.stages)
+    launch(gemm_kernel, grid, x, *tensors, n, batch, eps, **constants, **sizes, warps=tile.warps, stages=tile.stages)
 
 
 def _normalized(x: Tensor, norm: Norm | None) -> Tensor:
