@@ -122,6 +122,7 @@ def train_proxy(
     resumed = training.restore(checkpoint) if checkpoint is not None else 0
     ladder = {steps: rung for rung in rungs if (steps := training.steps_for(rung)) < training.steps}
     stopped = training.run(ladder, keep_going, checkpoint, on_progress)
+    training.step.release()
     return ProxyResult(
         loss=training.curve[-1][1],
         curve=tuple(training.curve),
