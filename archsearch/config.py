@@ -142,7 +142,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         document = _override(document, override)
     config = validate(RunConfig, document)
     config.space.check_feasible()
-    return config.model_copy(update={"proxy": _absolute(config.proxy)})
+    # The run folder's copy may be read from elsewhere, and later: it names no file by a relative path.
+    return config.model_copy(update={"proxy": _absolute(config.proxy), "space": config.space.with_seed_files_read()})
 
 
 def _absolute(proxy: ProxyConfig) -> ProxyConfig:

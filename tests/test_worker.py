@@ -231,7 +231,7 @@ def test_interrupt_is_not_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_python(code: str, **environment: str) -> str:
-    keep = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    keep = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", code], env=keep | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
