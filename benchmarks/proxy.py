@@ -197,7 +197,7 @@ def profile(case: Case, name: str) -> None:
         print(f"{kernel.self_device_time_total / 5e3:8.3f} ms {kernel.count // 5:5} x {kernel.key[:100]}", flush=True)
 
 
-def losses(case: Case) -> dict[str, Any]:
+def losses(case: Case) -> list[dict[str, Any]]:
     """Head and cross-entropy alone, forward and backward: ms and MiB of ours, of its torch twin, and of fla's."""
     from fla.modules import FusedLinearCrossEntropyLoss
 
@@ -212,7 +212,7 @@ def losses(case: Case) -> dict[str, Any]:
         "ours, checkpointed": lambda: loss.checkpointed_loss(model, x.flatten(0, 1), targets.flatten()),
         "fla, fused": lambda: theirs(x, targets, model.head_weight.to(torch.bfloat16)),
     }
-    rows = {}
+    rows = []
     for name, run in runs.items():
 
         def step(run: Step = run) -> None:
@@ -224,9 +224,22 @@ def losses(case: Case) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         milliseconds = 1e3 * statistics.median(timed(step, 0.5))
-        rows[name] = {"ms": milliseconds, "memory_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
-        print(f"{case.name:22} {name:34} {milliseconds:8.2f} ms {rows[name]['memory_mib']:8.0f} MiB", flush=True)
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+        rows.append({"model": case.name, "implementation": name, "ms": milliseconds, "memory_mib": memory})
+        print(f"{case.name:22} {name:34} {milliseconds:8.2f} ms {memory:8.0f} MiB", flush=True)
     return rows
+
+
+def record(path: Path | None, table: str, row: dict[str, Any]) -> None:
+    """Add a row to the JSON file, in place of an older one of the same model and implementation."""
+    if path is None:
+        return
+    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    versions |= {name: __import__(name).__version__ for name in ("triton", "fla")}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = row["model"], row["implementation"]
+    kept = [old for old in found.get(table, []) if (old["model"], old["implementation"]) != same]
+    path.write_text(json.dumps({**found, "versions": versions, table: [*kept, row]}, indent=2) + "\n")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -248,31 +261,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of implementations")
     parser.add_argument("--seconds", type=float, default=1.5, help="timed seconds a row")
     parser.add_argument("--warm", action="store_true", help="one step of everything, nothing timed")
+    parser.add_argument("--heads", action="store_true", help="also time head and cross-entropy alone")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes, nothing else")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows, heads = [], {}
     for case in (CASES[place] for place in args.cases):
         for name in args.only or variants(case):
             gc.collect()
             torch.cuda.empty_cache()
             if args.profile:
                 profile(case, name)
-                continue
-            if args.warm:
+            elif args.warm:
                 begin = time.perf_counter()
                 variants(case)[name]()[0]()
                 torch.cuda.synchronize()
                 print(f"{case.name:22} {name:34} first step {time.perf_counter() - begin:.1f} s", flush=True)
-                continue
-            rows.append(measure(case, name, args.seconds))
-            show(rows[-1])
-        if not (args.warm or args.profile or args.only):
-            heads[case.name] = losses(case)
-        if args.json:
-            versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-            versions |= {name: __import__(name).__version__ for name in ("triton", "fla")}
-            args.json.write_text(json.dumps({"versions": versions, "rows": rows, "heads": heads}, indent=2) + "\n")
+            else:
+                row = measure(case, name, args.seconds)
+                show(row)
+                record(args.json, "rows", row)
+        if args.heads:
+            for row in losses(case):
+                record(args.json, "heads", row)
 
 
 if __name__ == "__main__":
