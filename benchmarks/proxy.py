@@ -242,6 +242,27 @@ def record(path: Path | None, table: str, row: dict[str, Any]) -> None:
     path.write_text(json.dumps({**found, "versions": versions, table: [*kept, row]}, indent=2) + "\n")
 
 
+def draw(path: Path, picture: Path) -> None:
+    """Tokens a second of every implementation, a panel a model."""
+    from matplotlib.figure import Figure
+
+    found = json.loads(path.read_text())
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    figure = Figure(figsize=(10, 2.6), dpi=120, layout="constrained")
+    for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        rows = [row for row in found["rows"] if row["model"] == model and "failed" not in row][::-1]
+        names = [row["implementation"] for row in rows]
+        bars = panel.barh(names, [row["tokens_per_s"] / 1e6 for row in rows])
+        panel.bar_label(bars, [f" {row['tokens_per_s'] / 1e6:.2f}" for row in rows])
+        for bar, name in zip(bars, names, strict=True):
+            bar.set_color("#0b6e99" if name.startswith("archsearch") else "#b0b0b0")
+        panel.set(title=f"{model}, {rows[0]['parameters'] / 1e6:.0f} M parameters", xlabel="million tokens a second")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.15)
+    figure.suptitle(found["versions"]["device"])
+    figure.savefig(picture)
+
+
 def show(row: dict[str, Any]) -> None:
     """Print one row."""
     head = f"{row['model']:22} {row['implementation']:34}"
@@ -264,7 +285,11 @@ def main() -> None:
     parser.add_argument("--heads", action="store_true", help="also time head and cross-entropy alone")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes, nothing else")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="draw what the JSON file holds, time nothing")
     args = parser.parse_args()
+    if args.picture:
+        draw(args.json, args.picture)
+        return
     for case in (CASES[place] for place in args.cases):
         for name in args.only or variants(case):
             gc.collect()
