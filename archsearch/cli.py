@@ -30,6 +30,7 @@ RunPath = Annotated[Path, Argument(metavar="RUN", help="The folder of a run.", s
 Arch = Annotated[str, Argument(metavar="ARCH", help="A YAML or JSON file, or a reference name.", show_default=False)]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Override a value; repeatable.")]
+Tune = Annotated[bool, Option("--tune", help="First tune the training kernels on this GPU: minutes.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -239,11 +240,15 @@ def scaling(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(json: Json = False, tune: Tune = False) -> None:
     """Check this machine: packages, GPU, disk, Ray and every operator."""
     from archsearch.commands.doctor import run_checks
     from archsearch.commands.tables import print_checks
 
+    if tune:
+        from archsearch.commands.tuning import tune_kernels
+
+        tune_kernels()
     checks = list(run_checks()) if json else print_checks(run_checks())
     failed = [check for check in checks if check.status == "fail"]
     if json:

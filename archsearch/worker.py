@@ -127,11 +127,13 @@ def classify(error: Exception) -> Outcome:
 
     from archsearch.latency.device import DoesNotFit
     from archsearch.latency.validity import InvalidMeasurement
+    from archsearch.model.self_check import WrongKernels
     from archsearch.proxy.trainer import NonFiniteLoss
 
     outcomes: list[tuple[type[Exception], Outcome]] = [
         (InvalidArchitecture, Outcome.INFEASIBLE),
         (InvalidMeasurement, Outcome.INVALID_MEASUREMENT),
+        (WrongKernels, Outcome.INVALID_MEASUREMENT),
         (NonFiniteLoss, Outcome.NAN),
         (DoesNotFit, Outcome.OOM),
         (MemoryError, Outcome.OOM),

@@ -31,7 +31,7 @@ class ProxyResult:
         curve: (tokens trained, validation loss) at each validation.
         tokens: tokens trained, those before the checkpoint that it went on from included.
         tokens_per_second: of the steps in this process after the first ones, which compile; 0 where there were none.
-        seconds: of the phases data, build, compile, train, validate, checkpoint, in this process.
+        seconds: of the phases data, build, kernels, compile, train, validate, checkpoint, in this process.
         resumed: tokens of the checkpoint that it went on from; 0 from scratch.
         stopped: the rung at which ``keep_going`` ended it; None when it trained to its end.
         paths: implementation that each operator kind, the step and the loss trained with.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig
-from archsearch.model import fla_ops
 from archsearch.model.hybrid import build_model
+from archsearch.model.training_path import prepare
 from archsearch.proxy.checkpoint import Progress, load_checkpoint, save_checkpoint
 from archsearch.proxy.data import Windows, load_corpus, validation_windows
 from archsearch.proxy.loss import loss_path
@@ -125,7 +125,10 @@ class _Training:
             self.windows = Windows(corpus.train, config.context, seed)
         with clock("build"):
             self.dtype = _dtype(config.dtype, device)
-            self.model = build_model(architecture, seed, device).use(_kernels(config.kernels, device))
+            self.model = build_model(architecture, seed, device)
+        with clock("kernels"):
+            prepare(self.model, config.kernels, device, self.dtype)
+        with clock("build"):
             self.step = TrainingStep(self.model, config, self.dtype, device)
         self.steps = self.steps_for(config.tokens)
         self.every = STEPS_A_CHECK if device.type == "cuda" else 1
@@ -232,15 +235,6 @@ class _Training:
         self.done, self.curve = progress.steps, list(progress.curve)
         set_step(self.step.optimizer, self.done)
         return self.tokens(self.done)
-
-
-def _kernels(name: str, device: torch.device) -> str:
-    """The implementation to train with; raises EnvironmentUnfit where it cannot run, rather than fall back."""
-    if name == "auto":
-        name = "fla" if device.type == "cuda" else "torch"
-    if name == "fla":
-        fla_ops.require(device)
-    return name
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -28,6 +28,18 @@ class RMSNorm(nn.Module):
         grouped = exact.unflatten(-1, (self.groups, -1))
         return (F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * weight).to(x.dtype)
 
+    def fused(
+        self, x: Tensor, gate: Tensor | None = None, *, gate_first: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """``forward`` by one kernel, times ``silu(gate)``; given as ``dtype``, or that of ``x``."""
+        from archsearch.model.fused.norm import norm
+
+        if self.groups == 1:
+            return norm(x, self.weight, self.eps, gate, gate_first=gate_first, dtype=dtype)
+        parts = (t if t is None else t.unflatten(-1, (self.groups, -1)) for t in (x, gate))
+        x, gate = parts
+        return norm(x, self.weight, self.eps, gate, gate_first=gate_first, dtype=dtype).flatten(-2)
+
 
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution over time, then SiLU.
@@ -59,6 +71,12 @@ class ShortConvolution(nn.Module):
         # as an image of height 1 the layout is torch's channels_last, twice as fast as conv1d on a CPU
         image, weight = padded.mT.unsqueeze(2), self.weight.unsqueeze(2)
         return F.silu(F.conv2d(image, weight, self.bias, groups=x.shape[-1]).squeeze(2).mT)
+
+    @staticmethod
+    def keep(x: Tensor, cache: Tensor) -> None:
+        """Leave the end of the sequence ``x`` [B, T, channels] in ``cache``."""
+        last = x[:, -cache.shape[1] :] if cache.shape[1] else x[:, :0]
+        cache.copy_(F.pad(last, (0, 0, cache.shape[1] - last.shape[1], 0)))
 
     def step(self, x: Tensor, cache: Tensor) -> Tensor:
         """One token, [B, channels]; moves ``cache`` on by one, in place."""
