@@ -21,7 +21,8 @@ from archsearch.evaluation import Evaluation, Outcome
 from archsearch.latency import decode
 from archsearch.model.hybrid import build_model
 from archsearch.model.layers.ffn import FFN
-from archsearch.proxy import trainer
+from archsearch.proxy import step, trainer
+from archsearch.proxy.loss import token_loss
 from archsearch.space import SearchSpace
 from archsearch.worker import ProxyEvaluator, classify, save_weights
 
@@ -171,12 +172,19 @@ def test_seconds_are_complete_and_idle_time_is_counted() -> None:
     assert sum(found.seconds.values()) - found.seconds["idle"] == pytest.approx(took, abs=0.1)
 
 
-def test_seconds_of_a_training_that_failed_are_kept() -> None:
-    config = config_of(search=SearchConfig(objectives=("loss",)))
-    proxy = config.proxy.model_copy(update={"learning_rate": 10.0, "clip": 1e9, "warmup": 0.0, "tokens": 10**6})
-    found = evaluate(config.model_copy(update={"proxy": proxy}))
-    assert found.outcome is Outcome.NAN or found.ok
+def test_training_that_diverges_keeps_its_curve_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(range(100))
+
+    def poisoned(*inputs: torch.Tensor) -> torch.Tensor:
+        late = torch.is_grad_enabled() and next(steps) >= 2
+        return token_loss(*inputs) * (float("nan") if late else 1)
+
+    monkeypatch.setattr(step, "token_loss", poisoned)
+    found = evaluate(config_of(search=SearchConfig(objectives=("loss",))))
+    assert found.outcome is Outcome.NAN
+    assert [tokens for tokens, _ in found.curve] == [512]
     assert found.seconds["train"] > 0
+    assert found.objectives == {}
 
 
 def test_divergence_keeps_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:

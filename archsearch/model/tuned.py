@@ -36,6 +36,9 @@ from archsearch.files import write_atomic
 FOLDER = Path(__file__).parent / "kernel_configs"
 LIBRARIES = ("fla.", "mamba_ssm.")
 
+MANY = 24
+"""Configurations of a kernel from which on the unlikely ones are not tried."""
+
 COMPILERS = 8
 """Compilations that a tuning process runs at a time."""
 
@@ -69,7 +72,7 @@ class Choice:
         allowed: list[triton.Config] = self.library_prune(kwargs)
         if Choice.tuning:
             self.alone = False
-            return _compiled(self.tuner, allowed, kwargs)
+            return _compiled(self.tuner, _worth_trying(allowed), kwargs)
         key, best = self._key(kwargs), (math.inf, None)
         for known, config in {**self.known, **self.tuner.cache}.items():
             distance = _distance(key, known)
@@ -103,6 +106,12 @@ def install() -> None:
             tuner.cache_results &= not Choice.tuning  # what was measured before may have been disturbed
             choice = Choice(tuner, known.get(tuner.base_fn.__name__, []))
             tuner.prune_configs, tuner.do_bench = choice.prune, choice.bench
+
+
+def _worth_trying(configs: list[triton.Config]) -> list[triton.Config]:
+    """All of a few; of many only those with several warps and less than four stages, which are best nearly always."""
+    likely = [config for config in configs if config.num_warps > 1 and config.num_stages < 4]
+    return likely if len(configs) > MANY and likely else configs
 
 
 def _compiled(tuner: Autotuner, configs: list[triton.Config], kwargs: dict[str, Any]) -> list[triton.Config]:
