@@ -90,7 +90,11 @@ class ProxyConfig(Frozen):
     batch: int = Field(16, ge=1, description="sequences a step")
     context: int = Field(1024, ge=8, description="tokens a sequence")
     learning_rate: float = Field(5e-4, gt=0, le=10)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="of the learning rate after the warm-up; wsd: constant, then a linear decay"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
+    cooldown: float = Field(0.2, gt=0, le=1, description="fraction of the steps that wsd decays over")
     final_rate: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
     weight_decay: float = Field(0.1, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -123,6 +127,12 @@ class ProxyConfig(Frozen):
             raise ValueError(f"rungs closer together than one step, {step:,} tokens")
         if self.rungs[-1] != self.tokens:
             raise ValueError(f"the last rung is the budget: rungs end at {self.rungs[-1]:,}, tokens is {self.tokens:,}")
+        return self
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> ProxyConfig:
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError("warmup and cooldown together are more than the whole training; lower one")
         return self
 
 

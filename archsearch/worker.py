@@ -9,7 +9,6 @@ import gc
 import json
 import math
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -193,20 +192,9 @@ def _train(record: _Record, config: RunConfig, device: torch.device, weights: st
 
 def save_weights(model: HybridLM, path: Path) -> None:
     """Write the parameters as safetensors, all or nothing; the architecture travels in the metadata."""
-    from safetensors.torch import save
+    from archsearch.proxy.checkpoint import write_tensors
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", "architecture": json.dumps(model.architecture.to_dict())}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_tensors(path, dict(model.state_dict()), {"architecture": json.dumps(model.architecture.to_dict())})
 
 
 def _release_memory() -> None:

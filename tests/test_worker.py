@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from archsearch import worker
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ExecutionConfig, LatencyConfig, ProxyConfig, RunConfig, SearchConfig
-from archsearch.errors import ConfigError
+from archsearch.errors import ConfigError, StorageError
 from archsearch.evaluation import Evaluation, Outcome
 from archsearch.latency import decode
 from archsearch.model.hybrid import build_model
@@ -98,7 +98,7 @@ def test_failed_write_leaves_the_old_weights(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         save_weights(build_model(CANDIDATE, seed=1), path)
     assert os.listdir(tmp_path) == [path.name]
     assert path.read_bytes() == old

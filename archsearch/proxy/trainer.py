@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +23,14 @@ from archsearch.config import ProxyConfig
 from archsearch.errors import ArchsearchError
 from archsearch.model import fla_ops
 from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.proxy.checkpoint import Curve, Progress, load_checkpoint, save_checkpoint
 from archsearch.proxy.data import Windows, load_corpus, validation_windows
 from archsearch.proxy.loss import token_loss
+from archsearch.proxy.optimizer import make_optimizer, moments, set_step
+from archsearch.proxy.schedule import learning_rate, validation_steps
 
-Curve = tuple[tuple[int, float], ...]
-Progress = Callable[[int, float], None]
+OnProgress = Callable[[int, float], None]
+KeepGoing = Callable[[int, float], bool]
 
 STEPS_A_CHECK = 50
 """On a GPU the loss is looked at this rarely, as each look waits for the device."""
@@ -52,8 +56,10 @@ class ProxyResult:
     Attributes:
         loss: last validation loss, nats a token.
         curve: (tokens trained, validation loss) at each validation.
-        tokens: tokens trained.
-        seconds: of the phases data, build, train, validate.
+        tokens: tokens trained, those before the checkpoint that it went on from included.
+        seconds: of the phases data, build, train, validate, checkpoint, in this process.
+        resumed: tokens of the checkpoint that it went on from; 0 from scratch.
+        stopped: the rung at which ``keep_going`` ended it; None when it trained to its end.
         paths: implementation that each operator kind trained with.
         dtype: of the matrix products.
         model: the trained model, in fp32.
@@ -66,11 +72,14 @@ class ProxyResult:
     paths: dict[str, str]
     dtype: str
     model: HybridLM
+    resumed: int = 0
+    stopped: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
-        """Training tokens a second, validations left out."""
-        return self.tokens / self.seconds["train"]
+        """Training tokens a second, validations left out; 0 where none were left to train."""
+        seconds = self.seconds.get("train", 0.0)
+        return (self.tokens - self.resumed) / seconds if seconds else 0.0
 
 
 def train_proxy(
@@ -79,11 +88,15 @@ def train_proxy(
     *,
     seed: int,
     device: torch.device | str,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
+    rungs: Sequence[int] = (),
+    keep_going: KeepGoing | None = None,
+    checkpoint: Path | None = None,
 ) -> ProxyResult:
     """Train ``architecture`` from scratch for ``config.tokens`` tokens, rounded up to whole steps.
 
-    The same seed gives the same loss to the last bit on a CPU with the same number of threads.
+    The same seed gives the same loss to the last bit on a CPU with the same number of threads, also when the
+    training was stopped at a rung, or killed, and goes on from its checkpoint.
 
     Args:
         architecture: what to train.
@@ -91,22 +104,36 @@ def train_proxy(
         seed: of the weights and of the order of the data.
         device: where to train.
         on_progress: called with (tokens trained, training loss), each step on a CPU, less often on a GPU.
+        rungs: token budgets below ``config.tokens``, rounded up to whole steps, at which a validation takes
+            place anyway; others are passed over, as the end is no rung. The learning rate follows the schedule
+            of the whole budget, so losses at a rung compare models that are equally far (``schedule.py``).
+        keep_going: asked at each rung with (the rung as given, validation loss); False ends the training. A
+            training that goes on from a checkpoint is asked at that rung again.
+        checkpoint: file that is written at each rung, before the question. If it exists, the training goes
+            on from there.
 
     Raises:
         ConfigError: the data is missing or does not fit the vocabulary or the context.
         NonFiniteLoss: training diverged.
+        UnfitCheckpoint: the checkpoint is damaged or another training's.
+        StorageError: the checkpoint cannot be written.
     """
     clock = _Clock()
-    with clock("data"):
-        corpus = load_corpus(config, architecture.vocab_size)
-        held_out = validation_windows(corpus.validation, config.context, config.validation_tokens)
-        windows = Windows(corpus.train, config.context, seed)
-    with clock("build"):
-        training = _Training(build_model(architecture, seed, device), config, torch.device(device))
-    curve = training.run(windows, held_out, clock, on_progress or (lambda tokens, loss: None))
-    dtype = str(training.dtype).removeprefix("torch.")
-    tokens, loss = curve[-1]
-    return ProxyResult(loss, curve, tokens, clock.seconds, training.model.paths(), dtype, training.model.eval())
+    training = _Training(architecture, config, seed, torch.device(device), clock)
+    resumed = training.restore(checkpoint) if checkpoint is not None else 0
+    ladder = {steps: rung for rung in rungs if (steps := training.steps_for(rung)) < training.steps}
+    stopped = training.run(ladder, keep_going, checkpoint, on_progress)
+    return ProxyResult(
+        loss=training.curve[-1][1],
+        curve=tuple(training.curve),
+        tokens=training.curve[-1][0],
+        seconds=clock.seconds,
+        paths=training.model.paths(),
+        dtype=str(training.dtype).removeprefix("torch."),
+        model=training.model.eval(),
+        resumed=resumed,
+        stopped=stopped,
+    )
 
 
 @dataclass(slots=True)
@@ -125,46 +152,81 @@ class _Clock:
 
 
 class _Training:
-    """A model, its optimizer and the steps that a token budget buys."""
+    """A training under way: model, optimizer, data, and how far it is."""
 
-    def __init__(self, model: HybridLM, config: ProxyConfig, device: torch.device) -> None:
-        self.model, self.config, self.device = model.use(_kernels(config.kernels, device)), config, device
-        self.steps = math.ceil(config.tokens / (config.batch * config.context))
+    def __init__(
+        self, architecture: Architecture, config: ProxyConfig, seed: int, device: torch.device, clock: _Clock
+    ) -> None:
+        self.config, self.device, self.clock = config, device, clock
+        with clock("data"):
+            corpus = load_corpus(config, architecture.vocab_size)
+            self.held_out = validation_windows(corpus.validation, config.context, config.validation_tokens)
+            self.windows = Windows(corpus.train, config.context, seed)
+        with clock("build"):
+            self.model = build_model(architecture, seed, device).use(_kernels(config.kernels, device))
+            self.optimizer = make_optimizer(self.model, config)
+            self.diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.dtype = _dtype(config.dtype, device)
-        self.optimizer = make_optimizer(model, config)
-        self.diverged = torch.zeros((), dtype=torch.bool, device=device)
+        self.steps = self.steps_for(config.tokens)
         self.every = STEPS_A_CHECK if device.type == "cuda" else 1
+        self.identity = {
+            "architecture": architecture.to_dict(),
+            "proxy": config.model_dump(mode="json"),
+            "seed": seed,
+            "paths": {"device": device.type, "dtype": str(self.dtype), **self.model.paths()},
+        }
+        self.done = 0
+        self.curve: list[tuple[int, float]] = []
 
-    def run(self, windows: Windows, held_out: npt.NDArray[np.int64], clock: _Clock, on_progress: Progress) -> Curve:
-        """All steps, with validations in between; gives the curve."""
-        curve: list[tuple[int, float]] = []
-        done = 0
-        for stop in validation_steps(self.steps, self.config.validations):
-            with clock("train"):
-                for step in range(done, stop):
-                    loss = self.step(step, windows.batch(step * self.config.batch, self.config.batch))
-                    if (step + 1) % self.every == 0 or step + 1 == stop:
-                        self.check(step + 1, curve)
-                        on_progress(self.tokens(step + 1), loss.item())
-            with clock("validate"):
-                done, value = stop, self.validate(held_out)
-            if not math.isfinite(value):
-                raise NonFiniteLoss(self.tokens(stop), tuple(curve))
-            curve.append((self.tokens(stop), value))
-        return tuple(curve)
+    def steps_for(self, tokens: int) -> int:
+        """Steps that train on ``tokens`` tokens, or a part of a step more."""
+        return math.ceil(tokens / (self.config.batch * self.config.context))
 
     def tokens(self, steps: int) -> int:
         """Tokens that ``steps`` steps train on."""
         return steps * self.config.batch * self.config.context
 
+    def run(
+        self,
+        ladder: dict[int, int],
+        keep_going: KeepGoing | None,
+        checkpoint: Path | None,
+        on_progress: OnProgress | None,
+    ) -> int | None:
+        """Train to the end, or to the rung where ``keep_going`` says so: that rung, or None.
+
+        ``ladder`` holds the rung that is reached after so many steps.
+        """
+        for stop in validation_steps(self.steps, self.config.validations, ladder):
+            if stop < self.done:
+                continue
+            if stop > self.done:
+                self.train(stop, on_progress)
+                self.validate()
+                if stop in ladder and checkpoint is not None:
+                    self.save(checkpoint)
+            if stop in ladder and keep_going is not None and not keep_going(ladder[stop], self.curve[-1][1]):
+                return ladder[stop]
+        return None
+
+    def train(self, stop: int, on_progress: OnProgress | None) -> None:
+        """All steps up to number ``stop``."""
+        with self.clock("train"):
+            for index in range(self.done, stop):
+                loss = self.step(index, self.windows.batch(index * self.config.batch, self.config.batch))
+                if (index + 1) % self.every == 0 or index + 1 == stop:
+                    self.check(index + 1)
+                    if on_progress is not None:
+                        on_progress(self.tokens(index + 1), loss.item())
+        self.done = stop
+
     def step(self, index: int, batch: npt.NDArray[np.int64]) -> Tensor:
         """One update; gives the training loss without waiting for the device."""
-        rate = self.config.learning_rate * schedule(index, self.steps, self.config.warmup, self.config.final_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"].fill_(learning_rate(self.config, index, self.steps))
         loss = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.diverged |= ~torch.isfinite(loss.detach())
@@ -178,19 +240,47 @@ class _Training:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
             return token_loss(self.model, self.model.hidden(windows[:, :-1]), windows[:, 1:])
 
-    def check(self, steps: int, curve: Iterable[tuple[int, float]]) -> None:
+    def check(self, steps: int) -> None:
         """Raise NonFiniteLoss if any loss so far was not finite."""
         if self.diverged.item():
-            raise NonFiniteLoss(self.tokens(steps), tuple(curve))
+            raise NonFiniteLoss(self.tokens(steps), tuple(self.curve))
+
+    def validate(self) -> None:
+        """Add the loss over the held-out windows to the curve; raises NonFiniteLoss where it is not finite."""
+        with self.clock("validate"):
+            value = self.validation_loss()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(self.tokens(self.done), tuple(self.curve))
+        self.curve.append((self.tokens(self.done), value))
 
     @torch.no_grad()
-    def validate(self, held_out: npt.NDArray[np.int64]) -> float:
+    def validation_loss(self) -> float:
         """Mean loss over the held-out windows, nats a token."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(held_out), self.config.batch):
-            batch = held_out[first : first + self.config.batch]
+        for first in range(0, len(self.held_out), self.config.batch):
+            batch = self.held_out[first : first + self.config.batch]
             total += self.loss(batch).double() * len(batch)
-        return total.item() / len(held_out)
+        return total.item() / len(self.held_out)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: weights and moments, themselves, not copies."""
+        weights = {f"weight.{name}": parameter for name, parameter in self.model.named_parameters()}
+        return weights | dict(moments(self.model, self.optimizer))
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint from which this training can go on."""
+        with self.clock("checkpoint"):
+            save_checkpoint(path, self.tensors(), self.identity, Progress(self.done, tuple(self.curve)))
+
+    def restore(self, path: Path) -> int:
+        """Go on from a checkpoint: the tokens that it had trained, 0 where there is none."""
+        with self.clock("checkpoint"):
+            progress = load_checkpoint(path, self.tensors(), self.identity)
+        if progress is None:
+            return 0
+        self.done, self.curve = progress.steps, list(progress.curve)
+        set_step(self.optimizer, self.done)
+        return self.tokens(self.done)
 
 
 def _kernels(name: str, device: torch.device) -> str:
@@ -206,25 +296,3 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def make_optimizer(model: nn.Module, config: ProxyConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms, biases and other vectors alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
-def schedule(index: int, steps: int, warmup: float, final: float) -> float:
-    """Share of the peak learning rate at step ``index`` from 0: linear warm-up, then a cosine to ``final``."""
-    rising = math.ceil(warmup * steps)
-    if index < rising:
-        return (index + 1) / rising
-    progress = (index - rising) / max(steps - 1 - rising, 1)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def validation_steps(steps: int, validations: int) -> list[int]:
-    """Steps after which to validate: evenly spaced, the last one included, no more than there are steps."""
-    return sorted({math.ceil(steps * (point + 1) / validations) for point in range(validations)})

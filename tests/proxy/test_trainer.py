@@ -15,7 +15,7 @@ from archsearch.errors import ConfigError
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.proxy import trainer
 from archsearch.proxy.loss import token_loss
-from archsearch.proxy.trainer import NonFiniteLoss, make_optimizer, schedule, train_proxy, validation_steps
+from archsearch.proxy.trainer import NonFiniteLoss, train_proxy
 
 TINY = make_architecture(
     hidden_size=32,
@@ -77,19 +77,18 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_curve(monkeypatch: pytest.M
 
 
 def test_weights_that_blow_up_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Exploding(torch.optim.SGD):
-        def step(self, closure: None = None) -> None:
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.data.mul_(1e30)
+    def explode(self: torch.optim.AdamW, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(1e30)
 
-    monkeypatch.setattr(trainer, "make_optimizer", lambda model, config: Exploding(model.parameters(), lr=1))
+    monkeypatch.setattr(torch.optim.AdamW, "step", explode)
     with pytest.raises(NonFiniteLoss):
         train_proxy(TINY, QUICK, seed=0, device="cpu")
 
 
 def test_validation_that_is_not_finite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer._Training, "validate", lambda self, held_out: float("inf"))
+    monkeypatch.setattr(trainer._Training, "validation_loss", lambda self: float("inf"))
     with pytest.raises(NonFiniteLoss, match="after 5120 tokens"):
         train_proxy(TINY, QUICK, seed=0, device="cpu")
 
@@ -123,33 +122,6 @@ def test_small_vocabulary_is_refused() -> None:
     small = Architecture.model_validate({**TINY.to_dict(), "vocab_size": 100})
     with pytest.raises(ConfigError, match="vocab_size 100"):
         train_proxy(small, QUICK, seed=0, device="cpu")
-
-
-def test_only_matrices_decay() -> None:
-    model = build_model(TINY)
-    optimizer = make_optimizer(model, ProxyConfig(weight_decay=0.3))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        assert decay[id(parameter)] == (0.0 if parameter.ndim < 2 else 0.3), name
-    assert decay[id(model.norm.weight)] == 0.0
-    assert decay[id(model.embed_tokens.weight)] == 0.3
-
-
-def test_schedule_rises_then_falls_to_the_final_rate() -> None:
-    rates = [schedule(index, 100, warmup=0.1, final=0.2) for index in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (index + 1) for index in range(10)])
-    assert rates[10] == max(rates) == 1.0
-    assert rates[99] == pytest.approx(0.2)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert [schedule(0, 1, warmup, 0.1) for warmup in (0.0, 0.5)] == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("steps", "validations", "expected"), [(100, 4, [25, 50, 75, 100]), (2, 5, [1, 2]), (1, 1, [1]), (7, 2, [4, 7])]
-)
-def test_validations_are_evenly_spaced(steps: int, validations: int, expected: list[int]) -> None:
-    assert validation_steps(steps, validations) == expected
 
 
 @pytest.mark.parametrize("tied", [True, False])
