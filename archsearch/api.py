@@ -176,7 +176,8 @@ class Run:
         """
         from archsearch.search.loop import run_search
 
-        evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()))
+        checkpoints = str(self.folder.checkpoints.resolve()) if self.config.proxy.rungs else None
+        evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()), checkpoints)
         return run_search(self.folder, evaluator, on_progress=on_progress)
 
     def results(self) -> Results:

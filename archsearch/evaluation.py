@@ -5,11 +5,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from archsearch.architecture import Architecture
 from archsearch.schema import Frozen
-from archsearch.stopping import StoppingRule
+from archsearch.stopping import StoppingRule, Verdict
 
 
 class Outcome(StrEnum):
@@ -57,7 +57,8 @@ class Evaluation(Frozen):
     ``objectives`` are minimised and present when the outcome is OK, and only then. ``seconds`` holds the
     wall-clock time of each phase. ``paths`` says which implementation ran (an operator kind or a
     phase to a name), so that a slow path cannot hide. ``curve`` is the proxy's
-    (tokens, loss in nats a token) at each validation, ``rungs`` what was known at each rung that was reached.
+    (tokens, loss in nats a token) at each validation, ``rungs`` what was known at each rung that was reached,
+    ``verdict`` why a stopped candidate stopped at the last of them.
     """
 
     architecture: Architecture
@@ -66,12 +67,20 @@ class Evaluation(Frozen):
     metrics: dict[str, Any] = {}
     curve: tuple[tuple[int, float], ...] = ()
     rungs: tuple[Rung, ...] = ()
+    verdict: Verdict | None = None
     seconds: dict[str, float] = {}
     paths: dict[str, str] = {}
     device: str = ""
     seed: int = 0
     attempts: int = Field(1, ge=1)
     error: str = ""
+
+    @model_validator(mode="after")
+    def _verdict_if_stopped(self) -> Evaluation:
+        stopped = self.outcome is Outcome.STOPPED
+        if stopped != (self.verdict is not None) or (stopped and not self.rungs):
+            raise ValueError("a stopped evaluation has a rung and a verdict, and no other has a verdict")
+        return self
 
     @property
     def ok(self) -> bool:

@@ -89,7 +89,7 @@ class Limits(Frozen):
     recall: float | None = Field(None, ge=0, le=1, description="recall error (1 - accuracy), at most")
 
     def check(self, architecture: Architecture) -> None:
-        """Raise InvalidArchitecture at the first limit that ``architecture`` breaks (latency and recall are measured later)."""
+        """Raise InvalidArchitecture at the first limit that ``architecture`` breaks; the measured ones come later."""
         full = sum(operator.full_attention for operator in architecture.operators)
         self.operators.check(len(architecture.operators), "operators:")
         self.full_attention.check(full, "full-attention operators:")

@@ -91,7 +91,9 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             pairs = [int(name) for name in row["accuracy"]]
             style = "-" if full else "--"
             color = FRONT if full else SEED
-            axes.plot(pairs, list(row["accuracy"].values()), style, marker=next(marks), color=color, label=row["operators"])
+            axes.plot(
+                pairs, list(row["accuracy"].values()), style, marker=next(marks), color=color, label=row["operators"]
+            )
         axes.set_xscale("log", base=2)
         axes.set_xticks(pairs, [str(n) for n in pairs])
         axes.set_xlabel("pairs of key and value in the context")

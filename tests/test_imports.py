@@ -14,7 +14,18 @@ import archsearch
 
 PACKAGE = Path(archsearch.__file__).parent
 TOP = {"api", "cli", "commands", "worker"}
-ROOT = {"architecture", "config", "environment", "errors", "evaluation", "files", "operators", "schema", "space"}
+ROOT = {
+    "architecture",
+    "config",
+    "environment",
+    "errors",
+    "evaluation",
+    "files",
+    "operators",
+    "schema",
+    "space",
+    "stopping",
+}
 ALLOWED = {
     "root": ROOT,
     "search": ROOT | {"search"},

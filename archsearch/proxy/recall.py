@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig, RecallConfig
 from archsearch.model.hybrid import HybridLM, build_model
-from archsearch.proxy.trainer import NonFiniteLoss, _dtype as autocast_dtype, _kernels as choose_kernels, make_optimizer, schedule
+from archsearch.proxy.optimizer import make_optimizer
+from archsearch.proxy.schedule import learning_rate
+from archsearch.proxy.trainer import NonFiniteLoss, _dtype, _kernels
 
 FILLER = 0
 IGNORED = -100
@@ -125,20 +127,21 @@ def _train(
 ) -> tuple[list[tuple[int, float]], dict[int, float]]:
     """(curve of the error, accuracy of each number of pairs at its end)."""
     recall = config.recall
+    config = config.model_copy(update={"learning_rate": recall.learning_rate})
     model = build_model(architecture.model_copy(update={"vocab_size": recall.vocab_size}), seed, device)
-    model.use(choose_kernels(config.kernels, device))
-    optimizer = make_optimizer(model, config.model_copy(update={"learning_rate": recall.learning_rate}))
-    dtype = autocast_dtype(config.dtype, device)
+    model.use(_kernels(config.kernels, device))
+    optimizer = make_optimizer(model, config)
+    dtype = _dtype(config.dtype, device)
     steps = math.ceil(recall.tokens / (recall.batch * recall.context))
     checks = {math.ceil(steps * (point + 1) / CHECKS) for point in range(CHECKS)}
     curve: list[tuple[int, float]] = []
     accuracy: dict[int, float] = {}
     for step, (tokens, targets) in enumerate(_batches(recall, seed, steps)):
         for group in optimizer.param_groups:
-            group["lr"] = recall.learning_rate * schedule(step, steps, config.warmup, config.final_rate)
+            group["lr"].fill_(learning_rate(config, step, steps))
         loss = _loss(model, tokens.to(device), targets.to(device), dtype)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         if step + 1 in checks:

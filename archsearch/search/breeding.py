@@ -173,7 +173,7 @@ def mutation_weights(history: History, members: NDArray[np.intp]) -> Floats:
         members: rows of the front.
     """
     done = np.zeros(len(history.numbers), dtype=bool)
-    done[history.finished] = True
+    done[history.learned] = True
     children = np.flatnonzero(done & (history.parents >= 0))
     children = children[done[history.parents[children]]]
     parents = history.parents[children]

@@ -65,7 +65,7 @@ class Guide:
 
     def _learned(self, history: History) -> Codes:
         """The finished rows to learn from; many are taken in at once where many are known or many run."""
-        rows = history.finished
+        rows = history.learned
         stride = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
         return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
 

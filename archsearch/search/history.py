@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from archsearch.search.genes import Codes, Floats, Genes
 
 LINEAGE = "lineage"  # user attribute of a trial, written by the driver
+EXPECTED = "expected"  # of a stopped one: the objectives that it would likely have had
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,9 @@ class History:
     """The trials before a proposal whose genome is complete, in the order of their number.
 
     ``values`` are signed so that all are minimised; NaN where a trial has none. ``finished`` holds
-    the rows that may be parents, in the order in which they were completed. ``parents`` are rows, -1
-    where the driver has recorded none.
+    the rows that may be parents, in the order in which they were completed. ``learned`` holds them and
+    the stopped ones, whose ``values`` are what was expected of them: no parents, but a lesson.
+    ``parents`` are rows, -1 where the driver has recorded none.
     """
 
     numbers: Codes
@@ -31,6 +33,7 @@ class History:
     constraints: Floats
     running: NDArray[np.bool_]
     finished: NDArray[np.intp]
+    learned: NDArray[np.intp]
 
     @property
     def violations(self) -> Floats:
@@ -40,7 +43,7 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One trial. ``completed`` is None where it cannot be a parent."""
+    """One trial. ``completed`` is None where it cannot be a parent, ``known`` where nothing is learned from it."""
 
     number: int
     codes: tuple[int, ...]
@@ -49,6 +52,7 @@ class _Row:
     parent: int | None
     running: bool
     completed: datetime | None
+    known: datetime | None
 
 
 class HistoryReader:
@@ -80,8 +84,11 @@ class HistoryReader:
 
 def _read(trial: FrozenTrial, codes: tuple[int, ...], signs: list[float]) -> _Row:
     values = [float("nan")] * len(signs)
-    if trial.state == TrialState.COMPLETE and trial.values is not None:
-        values = [value * sign for value, sign in zip(trial.values, signs, strict=True)]
+    stopped = trial.state == TrialState.PRUNED
+    found = trial.user_attrs.get(EXPECTED) if stopped else trial.values
+    if trial.state.is_finished() and found is not None:
+        values = [value * sign for value, sign in zip(found, signs, strict=True)]
+    ended = trial.datetime_complete if np.isfinite(values).all() else None
     return _Row(
         number=trial.number,
         codes=codes,
@@ -89,12 +96,14 @@ def _read(trial: FrozenTrial, codes: tuple[int, ...], signs: list[float]) -> _Ro
         constraints=trial.constraints,
         parent=trial.user_attrs.get(LINEAGE, {}).get("parent"),
         running=not trial.state.is_finished(),
-        completed=trial.datetime_complete if np.isfinite(values).all() else None,
+        completed=None if stopped else ended,
+        known=ended,
     )
 
 
 def _history(rows: list[_Row], objectives: int, genes: int) -> History:
-    finished = [(row.completed, row.number, index) for index, row in enumerate(rows) if row.completed is not None]
+    learned = [(row.known, row.number, index) for index, row in enumerate(rows) if row.known is not None]
+    finished = [(when, number, index) for when, number, index in learned if rows[index].completed is not None]
     index_of = {row.number: index for index, row in enumerate(rows)}
     names = sorted({name for row in rows for name in row.constraints})
     constraints = [[row.constraints.get(name, np.nan) for name in names] for row in rows]
@@ -106,4 +115,5 @@ def _history(rows: list[_Row], objectives: int, genes: int) -> History:
         constraints=np.array(constraints, dtype=np.float64).reshape(len(rows), len(names)),
         running=np.array([row.running for row in rows], dtype=bool),
         finished=np.array([index for _, _, index in sorted(finished)], dtype=np.intp),
+        learned=np.array([index for _, _, index in sorted(learned)], dtype=np.intp),
     )

@@ -40,6 +40,13 @@ class Rungs:
             self._ended[number] = evaluation
             self._rule = None
 
+    def expected(self, evaluation: Evaluation) -> list[float] | None:
+        """The objectives that a stopped candidate would likely have had, in the order of the search; else None."""
+        if evaluation.verdict is None:
+            return None
+        known = evaluation.rungs[-1].objectives | {LOSS: evaluation.verdict.expected}
+        return [known[name] for name in self._objectives]
+
     def rule(self) -> StoppingRule | None:
         """What to give to the next candidate; None without rungs."""
         if self.on and self._rule is None:

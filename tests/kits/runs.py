@@ -25,7 +25,7 @@ SMALL_FLAGS = [word for value in SMALL for word in ("--set", value)]
 class FakeEvaluator:
     """Stands in for ``ProxyEvaluator``: larger models lose less and take longer; some with Mamba-2 fail."""
 
-    def __init__(self, config: RunConfig, weights: str | None = None) -> None:
+    def __init__(self, config: RunConfig, weights: str | None = None, checkpoints: str | None = None) -> None:
         self.config = config
 
     def __call__(self, architecture: Architecture, *, seed: int) -> Evaluation:
