@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.table import Table
 
 from archsearch.api import Results, open_run
+from archsearch.commands.certainty import (
+    certainty_cells,
+    certainty_columns,
+    certainty_json,
+    certainty_lines,
+    rungs_json,
+)
 from archsearch.commands.console import print_json, safe, say, stdout
 from archsearch.commands.insight import insight_json, print_insight
 from archsearch.errors import StorageError, UsageError
@@ -19,12 +26,25 @@ if TYPE_CHECKING:
     from archsearch.export import Format
     from archsearch.search.study import Candidate
 
-COLUMNS = {"loss": "loss", "decode_latency": "decode [s]", "parameters": "parameters", "state_bytes": "state [KiB]"}
+COLUMNS = {
+    "loss": "loss",
+    "recall": "recall error",
+    "decode_latency": "decode [s]",
+    "parameters": "parameters",
+    "state_bytes": "state [KiB]",
+}
 
 
-def show(path: Path, trial: int | None, *, json: bool, csv: bool, why: bool) -> None:
-    """Print a run, or one of its trials, and bring its report up to date."""
+def show(path: Path, trial: int | None, *, json: bool, csv: bool, why: bool, noise: Path | None = None) -> None:
+    """Print a run, or one of its trials, and bring its report up to date.
+
+    Seed noise comes from the study of ``validate-proxy`` in ``noise``, or else from the replicates of the run.
+    """
     results = open_run(path).results()
+    if noise is not None:
+        from archsearch.validity.study import read_noise
+
+        results.__dict__["noise"] = read_noise(noise, results.config.proxy)
     if trial is not None:
         candidate = results.candidate(trial)
         print_json("inspect", {"trial": trial_json(candidate)}) if json else print_trial(candidate)
@@ -84,7 +104,11 @@ def front_json(results: Results) -> dict[str, Any]:
         "outcomes": outcomes(results.candidates),
         "hypervolume": results.hypervolume,
         "hypervolume_reference": list(results.reference) if results.reference else None,
-        "front": [trial_json(candidate, brief=True) for candidate in results.front],
+        "front": [
+            trial_json(candidate, brief=True) | certainty_json(results, candidate) for candidate in results.front
+        ],
+        "seed_noise": results.noise.model_dump(mode="json") if results.noise else None,
+        "rungs": rungs_json(results),
     }
 
 
@@ -122,12 +146,15 @@ def print_front(results: Results) -> None:
         grid.add_column(safe(COLUMNS[name]), justify="right")
     if "loss" in objectives:
         grid.add_column("perplexity", justify="right")
+    names = certainty_columns(results)
+    for name in names:
+        grid.add_column(safe(name), justify="right")
     if "parameters" not in objectives:
         grid.add_column("parameters", justify="right")
     grid.add_column("width", justify="right")
     grid.add_column("operators", overflow="fold")
     for candidate in results.front:
-        grid.add_row(*_cells(candidate, objectives))
+        grid.add_row(*_cells(candidate, objectives, certainty_cells(results, candidate, names)))
     console = stdout()
     console.print(grid)
     total = results.config.search.evaluations
@@ -138,15 +165,18 @@ def print_front(results: Results) -> None:
     console.print(f"\n{summary}")
     ended = outcomes(results.candidates)
     console.print("trials: " + ", ".join(f"{count} {name}" for name, count in ended.items()))
+    for line in certainty_lines(results):
+        console.print(line, soft_wrap=True)
 
 
-def _cells(candidate: Candidate, objectives: tuple[str, ...]) -> list[str]:
+def _cells(candidate: Candidate, objectives: tuple[str, ...], certainty: list[str]) -> list[str]:
     architecture, evaluation = candidate.architecture, candidate.evaluation
     assert architecture is not None
     assert evaluation is not None
     cells = [str(candidate.number), *(_value(name, evaluation.objectives[name]) for name in objectives)]
     if "loss" in objectives:
         cells.append(f"{math.exp(evaluation.objectives['loss']):.2f}")
+    cells += certainty
     if "parameters" not in objectives:
         cells.append(_value("parameters", architecture.parameters))
     return [*cells, str(architecture.hidden_size), safe(architecture.notation)]
@@ -169,7 +199,8 @@ def print_trial(candidate: Candidate) -> None:
         curve = ", ".join(f"{loss:.4f} at {tokens:,}" for tokens, loss in evaluation.curve)
         seconds = ", ".join(f"{name} {value:.2f}" for name, value in evaluation.seconds.items())
         paths = ", ".join(f"{name} {value}" for name, value in evaluation.paths.items())
-        facts |= {"curve": curve, "seconds": seconds, "paths": paths, "device": evaluation.device}
+        rungs = ", ".join(f"{rung.objectives['loss']:.4f} at {rung.tokens:,}" for rung in evaluation.rungs)
+        facts |= {"curve": curve, "rungs": rungs, "seconds": seconds, "paths": paths, "device": evaluation.device}
         facts |= {"seed": evaluation.seed}
     console = stdout()
     for name, value in facts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t
@@ -10,6 +11,7 @@ from scipy.stats import t
 from archsearch.config import RunConfig
 from archsearch.evaluation import Evaluation
 from archsearch.search.pareto import front
+from archsearch.search.study import Candidate
 from archsearch.stopping import LOSS, Line, StoppingRule
 
 FLAT = 1e-12
@@ -92,3 +94,29 @@ def fit_line(pairs: Sequence[tuple[float, float]], confidence: float) -> Line | 
     deviation = float(np.sqrt(((last - slope * early - intercept) ** 2).sum() / freedom))
     width = float(t.ppf(confidence, freedom)) * deviation
     return Line(slope=slope, intercept=intercept, width=width, count=len(pairs), mean=mean, spread=spread)
+
+
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What rungs saved: ``stopped`` at each rung, tokens trained, and tokens without rungs."""
+
+    stopped: dict[int, int]
+    trained: int
+    without: int
+
+    @property
+    def share(self) -> float:
+        """Part of the tokens that was not trained."""
+        return 1 - self.trained / self.without if self.without else 0.0
+
+
+def savings(config: RunConfig, candidates: Sequence[Candidate]) -> Savings | None:
+    """What the rungs of a run saved on the candidates that were trained to a rung or the end; None without rungs."""
+    if not config.proxy.rungs:
+        return None
+    found = [c.evaluation for c in candidates if c.is_distinct and c.evaluation is not None]
+    stopped = [evaluation.verdict.tokens for evaluation in found if evaluation.verdict is not None]
+    ended = sum(evaluation.ok for evaluation in found)
+    last = config.proxy.rungs[-1]
+    counts = {tokens: stopped.count(tokens) for tokens in config.proxy.rungs[:-1]}
+    return Savings(counts, sum(stopped) + ended * last, (len(stopped) + ended) * last)
