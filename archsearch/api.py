@@ -113,6 +113,7 @@ class Results:
         candidates: every trial, in the order of the numbers.
         reference: up to where the hypervolume counts; None before the first population is complete.
         replicates: of the front, by trial number.
+        given_noise: seed noise from elsewhere, in place of what the replicates show.
     """
 
     path: Path
@@ -120,6 +121,7 @@ class Results:
     candidates: list[Candidate]
     reference: tuple[float, ...] | None
     replicates: dict[int, Replicates]
+    given_noise: SeedNoise | None = None
 
     @cached_property
     def front(self) -> list[Candidate]:
@@ -137,10 +139,10 @@ class Results:
 
     @cached_property
     def noise(self) -> SeedNoise | None:
-        """Seed noise of the loss, as the replicates show it; None where no candidate has two."""
+        """Seed noise of the loss; None where none was given and no candidate has two replicates."""
         from archsearch.search.replicates import noise_of
 
-        return noise_of(self.replicates)
+        return self.given_noise or noise_of(self.replicates)
 
     @property
     def evaluated(self) -> int:

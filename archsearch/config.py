@@ -126,7 +126,7 @@ class ProxyConfig(Frozen):
         if any(a >= b for a, b in pairwise(steps)):
             raise ValueError(f"rungs closer together than one step, {step:,} tokens")
         if self.rungs[-1] != self.tokens:
-            raise ValueError(f"the last rung is the budget: rungs end at {self.rungs[-1]:,}, tokens is {self.tokens:,}")
+            raise ValueError(f"rungs end at {self.rungs[-1]:,}, tokens is {self.tokens:,}: set tokens to the last rung")
         return self
 
     @model_validator(mode="after")

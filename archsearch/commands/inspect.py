@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,7 +45,7 @@ def show(path: Path, trial: int | None, *, json: bool, csv: bool, why: bool, noi
     if noise is not None:
         from archsearch.validity.study import read_noise
 
-        results.__dict__["noise"] = read_noise(noise, results.config.proxy)
+        results = replace(results, given_noise=read_noise(noise, results.config.proxy))
     if trial is not None:
         candidate = results.candidate(trial)
         print_json("inspect", {"trial": trial_json(candidate)}) if json else print_trial(candidate)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import rankdata
 
 from archsearch.schema import Frozen
 from archsearch.search.pareto import front, hypervolume
 
 Floats = NDArray[np.float64]
+Statistic = Callable[..., Floats]
+"""Of arrays with an architecture a place on the last axis, a number for each place on the others."""
 RESAMPLES = 1000
+MOST_PAIRS = 2**22
+"""Pairs in memory at once while resampling."""
 LEVEL = 0.95
 FEWEST = 3
 """Architectures below which a correlation is not computed."""
@@ -30,37 +33,75 @@ class Estimate(Frozen):
     count: int
 
 
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's rank correlation; NaN where one side is constant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(spearmanr(a, b).statistic)
+def spearman(a: ArrayLike, b: ArrayLike) -> Floats:
+    """Spearman's rank correlation along the last axis; NaN where one side is constant."""
+    x, y = (rankdata(side, axis=-1) for side in (a, b))
+    x, y = (side - side.mean(axis=-1, keepdims=True) for side in (x, y))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((x * y).sum(axis=-1) / np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1)))
 
 
-def kendall(a: ArrayLike, b: ArrayLike) -> float:
-    """Kendall's tau-b; NaN where one side is constant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(kendalltau(a, b).statistic)
+def kendall(a: ArrayLike, b: ArrayLike) -> Floats:
+    """Kendall's tau-b along the last axis; NaN where one side is constant."""
+    x, y = (_signs(side) for side in (a, b))
+    with np.errstate(invalid="ignore"):
+        told = np.sqrt(np.count_nonzero(x, axis=-1) * np.count_nonzero(y, axis=-1))
+        return np.asarray((x * y).sum(axis=-1) / told)
+
+
+def _signs(values: ArrayLike) -> NDArray[np.int8]:
+    """The sign of the difference of every pair, (..., pairs)."""
+    array = np.asarray(values, dtype=np.float64)
+    first, second = np.triu_indices(array.shape[-1], k=1)
+    return np.sign(array[..., first] - array[..., second]).astype(np.int8)
+
+
+def matched_kendall(within: float) -> Statistic:
+    """Kendall's tau over the pairs whose latencies differ by a factor of ``within`` at most.
+
+    What is left to rank where latency cannot: concordant less discordant pairs, over both. The statistic takes
+    short losses, long losses and latencies; it is NaN where every matched pair is a tie.
+    """
+
+    def statistic(a: ArrayLike, b: ArrayLike, latencies: ArrayLike) -> Floats:
+        logs = np.log(np.asarray(latencies, dtype=np.float64))
+        first, second = np.triu_indices(logs.shape[-1], k=1)
+        near = np.abs(logs[..., first] - logs[..., second]) <= np.log(within)
+        signs = _signs(a) * _signs(b) * near
+        with np.errstate(invalid="ignore"):
+            return np.asarray(signs.sum(axis=-1, dtype=np.int64) / np.count_nonzero(signs, axis=-1))
+
+    return statistic
+
+
+def matched_ratio(latencies: ArrayLike) -> tuple[float, int]:
+    """(factor within which the closest quarter of all pairs of latencies lie, how many these are)."""
+    logs = np.log(np.asarray(latencies, dtype=np.float64))
+    first, second = np.triu_indices(len(logs), k=1)
+    distances = np.sort(np.abs(logs[first] - logs[second]))
+    # A hair more, so that rounding does not lose the pair that sets the factor.
+    within = float(np.exp(distances[max(int(np.ceil(NEAR * len(distances))), 1) - 1] * (1 + 1e-9) + 1e-12))
+    return within, int(np.count_nonzero(distances <= np.log(within)))
 
 
 def estimate(
-    statistic: Callable[..., float], *columns: Sequence[float], seed: int = 0, count: int | None = None
+    statistic: Statistic, *columns: Sequence[float], seed: int = 0, count: int | None = None
 ) -> Estimate | None:
     """A statistic of columns with one row an architecture, and its percentile interval; None where it has none.
 
     Args:
-        statistic: of the columns; NaN where it is not defined.
+        statistic: of the columns, along their last axis; NaN where it is not defined.
         columns: of equal length.
         seed: of the resampling.
         count: shown instead of the number of rows.
     """
     table = np.asarray(columns, dtype=np.float64)
     rows = table.shape[1]
-    if rows < FEWEST or not np.isfinite(value := statistic(*table)):
+    if rows < FEWEST or not np.isfinite(value := float(statistic(*table))):
         return None
-    rng = np.random.default_rng(seed)
-    draws = np.array([statistic(*table[:, rng.integers(rows, size=rows)]) for _ in range(RESAMPLES)])
+    chosen = np.random.default_rng(seed).integers(rows, size=(RESAMPLES, rows))
+    parts = np.array_split(chosen, max(1, RESAMPLES * rows**2 // MOST_PAIRS))
+    draws = np.concatenate([statistic(*(column[part] for column in table)) for part in parts])
     low, high = np.nanquantile(draws, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     return Estimate(value=value, low=float(low), high=float(high), count=rows if count is None else count)
 
@@ -69,26 +110,6 @@ def best_third(losses: Sequence[float]) -> NDArray[np.intp]:
     """Rows of the lowest third, rounded up, three at least where there are as many."""
     count = max(-(-len(losses) // 3), min(FEWEST, len(losses)))
     return np.argsort(losses, kind="stable")[:count]
-
-
-def matched_pairs(latencies: ArrayLike) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The quarter of all pairs of rows whose latencies are closest in ratio, as two index arrays."""
-    logs = np.log(np.asarray(latencies, dtype=np.float64))
-    first, second = np.triu_indices(len(logs), k=1)
-    wanted = max(int(np.ceil(NEAR * len(first))), min(1, len(first)))
-    nearest = np.argsort(np.abs(logs[first] - logs[second]), kind="stable")[:wanted]
-    return first[nearest], second[nearest]
-
-
-def matched_kendall(a: Floats, b: Floats, latencies: Floats) -> float:
-    """Kendall's tau over the pairs of nearly equal latency alone: what ranks when latency cannot.
-
-    Concordant less discordant pairs over both; NaN where every matched pair is a tie.
-    """
-    first, second = matched_pairs(latencies)
-    signs = np.sign(a[first] - a[second]) * np.sign(b[first] - b[second])
-    told = np.count_nonzero(signs)
-    return float(signs.sum() / told) if told else float("nan")
 
 
 class Regret(Frozen):

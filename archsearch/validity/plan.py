@@ -128,7 +128,8 @@ def make_plan(config: RunConfig, architectures: int, *, long: int, short: int | 
 def _sample(config: RunConfig, count: int) -> tuple[Architecture, ...]:
     rng = np.random.default_rng(config.search.seed)
     found: dict[str, Architecture] = {}
-    for _ in range(TRIES * count):
+    tries = int(TRIES * count)
+    for _ in range(tries):
         try:
             architecture = config.space.build(config.space.sample(rng))
         except InvalidArchitecture:
@@ -136,7 +137,7 @@ def _sample(config: RunConfig, count: int) -> tuple[Architecture, ...]:
         found[architecture.id] = architecture
         if len(found) == count:
             return tuple(found.values())
-    cause = f"{config.space.name}: {len(found)} different architectures in {TRIES * count:,} draws, {count} wanted"
+    cause = f"{config.space.name}: {len(found)} different architectures in {tries:,} draws, {count} wanted"
     raise ConfigError(cause, "give fewer --architectures, or widen the space")
 
 
@@ -145,7 +146,7 @@ def read_plan(folder: Path) -> Plan | None:
     path = folder / "plan.json"
     try:
         return Plan.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValidationError) as error:
         reason = str(error).splitlines()[0]

@@ -21,13 +21,14 @@ from archsearch.search.folder import RunFolder
 from archsearch.search.noise import SeedNoise, pooled_noise
 from archsearch.search.progress import Progress, Summary
 from archsearch.validity.agreement import (
+    FEWEST,
     Estimate,
     Regret,
     best_third,
     estimate,
     kendall,
     matched_kendall,
-    matched_pairs,
+    matched_ratio,
     regret,
     spearman,
 )
@@ -238,9 +239,7 @@ def _compare(
         spearman=estimate(spearman, short, long),
         kendall=estimate(kendall, short, long),
         top_third=estimate(spearman, [short[i] for i in top], [long[i] for i in top]),
-        matched=estimate(matched_kendall, short, long, latencies, count=len(matched_pairs(latencies)[0]))
-        if len(both) > 2
-        else None,
+        matched=_matched(short, long, latencies),
         retest=estimate(spearman, *map(list, zip(*pairs, strict=True))) if pairs else None,
         regret=regret(short, long, latencies) if both else None,
         noise=pooled_noise([row.short for row in rows], f"{plan.seeds} seeds of {len(rows)} architectures"),
@@ -248,6 +247,13 @@ def _compare(
         budgets=budgets,
         shortest=_shortest(budgets, wanted),
     )
+
+
+def _matched(short: Sequence[float], long: Sequence[float], latencies: Sequence[float]) -> Estimate | None:
+    if len(latencies) < FEWEST:
+        return None
+    within, pairs = matched_ratio(latencies)
+    return estimate(matched_kendall(within), short, long, latencies, count=pairs)
 
 
 def _std(values: Sequence[float]) -> float:
