@@ -97,6 +97,10 @@ class ProxyConfig(Frozen):
     cooldown: float = Field(0.2, gt=0, le=1, description="fraction of the steps that wsd decays over")
     final_rate: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
     weight_decay: float = Field(0.1, ge=0)
+    weight_normalization: bool = Field(
+        False,
+        description="unit rows and columns after each step; the paper adds weight_decay 0, rate 1e-3",
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
@@ -107,6 +111,7 @@ class ProxyConfig(Frozen):
         "auto", description="flash-linear-attention's on a GPU, the plain-torch reference on a CPU"
     )
     recall: RecallConfig = RecallConfig()
+    cuda_graph: bool = Field(True, description="replay the whole step as one CUDA graph on a GPU")
 
     @model_validator(mode="before")
     @classmethod
@@ -202,7 +207,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         document = _override(document, override)
     config = validate(RunConfig, document)
     config.space.check_feasible()
-    return config.model_copy(update={"proxy": _absolute(config.proxy)})
+    # The run folder's copy may be read from elsewhere, and later: it names no file by a relative path.
+    return config.model_copy(update={"proxy": _absolute(config.proxy), "space": config.space.with_seed_files_read()})
 
 
 def _absolute(proxy: ProxyConfig) -> ProxyConfig:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
 from archsearch.errors import ArchsearchError, InvalidArchitecture
@@ -53,12 +55,13 @@ class ProxyEvaluator:
     def __call__(self, architecture: Architecture, *, seed: int, stopping: StoppingRule | None = None) -> Evaluation:
         """Evaluate once. Every failure comes back as an outcome with its cause in ``error``."""
         record = _Record(architecture, seed)
-        try:
-            self._evaluate(record, stopping)
-        except Exception as error:
-            record.fail(error)
-        if record.outcome is not Outcome.CRASH:  # a broken CUDA context would refuse even this
-            _release_memory()
+        with _accounted(record.seconds):
+            try:
+                self._evaluate(record, stopping)
+            except Exception as error:
+                record.fail(error)
+            if record.outcome is not Outcome.CRASH:  # a broken CUDA context would refuse even this
+                _release_memory()
         return record.evaluation()
 
     def _evaluate(self, record: _Record, stopping: StoppingRule | None) -> None:
@@ -87,6 +90,24 @@ class ProxyEvaluator:
         if path is not None:
             with record.phase("save"):
                 save_weights(result.model, path)
+
+
+_ended: float | None = None
+"""When the last evaluation of this process ended, on the wall clock."""
+
+
+@contextmanager
+def _accounted(seconds: dict[str, float]) -> Iterator[None]:
+    """Add what the phases leave out: ``idle`` before, since the last one or the start of the process, and ``other``."""
+    global _ended
+    begin = time.time()
+    idle = max(begin - (psutil.Process().create_time() if _ended is None else _ended), 0.0)
+    try:
+        yield
+    finally:
+        _ended = time.time()
+        seconds["other"] = max(_ended - begin - sum(seconds.values()), 0.0)
+        seconds["idle"] = idle
 
 
 @dataclass
@@ -218,16 +239,16 @@ def _train(
     from archsearch.proxy.checkpoint import UnfitCheckpoint
     from archsearch.proxy.trainer import train_proxy
 
-    options = {"seed": record.seed, "device": device, "rungs": judge.rungs, "keep_going": judge}
+    options: dict[str, Any] = {"seed": record.seed, "device": device, "seconds": record.seconds}
+    options |= {"rungs": judge.rungs, "keep_going": judge, "checkpoint": checkpoint}
     try:
-        result = train_proxy(record.architecture, config.proxy, checkpoint=checkpoint, **options)
+        result = train_proxy(record.architecture, config.proxy, **options)
     except UnfitCheckpoint as error:
         assert checkpoint is not None
         record.metrics["checkpoint"] = f"not used: {error.cause}"
         checkpoint.unlink()
-        result = train_proxy(record.architecture, config.proxy, checkpoint=checkpoint, **options)
+        result = train_proxy(record.architecture, config.proxy, **options)
     record.curve = result.curve
-    record.seconds |= result.seconds
     record.paths |= result.paths
     record.metrics |= {
         "perplexity": math.exp(min(result.loss, 700.0)),

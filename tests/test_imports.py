@@ -24,6 +24,7 @@ ROOT = {
     "operators",
     "schema",
     "space",
+    "stage",
     "stopping",
 }
 ALLOWED = {
@@ -40,7 +41,7 @@ ALLOWED = {
 """What each room may import of ours; rooms that are missing here may import everything."""
 ONLY = {
     "torch": {"model", "proxy", "latency", "export", "worker", "commands"},
-    "triton": {"model", "latency", "commands"},
+    "triton": {"model", "proxy", "latency", "commands"},
     "transformers": {"export"},
     "optuna": {"search"},
     "ray": {"search"},

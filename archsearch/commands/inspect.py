@@ -96,6 +96,9 @@ def outcomes(candidates: list[Candidate]) -> dict[str, int]:
 
 def front_json(results: Results) -> dict[str, Any]:
     """A run as plain data."""
+    from archsearch.report.device_time import device_time
+
+    time = device_time(results.candidates)
     return {
         "run": str(results.path),
         "space": results.config.space.name,
@@ -110,6 +113,7 @@ def front_json(results: Results) -> dict[str, Any]:
         ],
         "seed_noise": results.noise.model_dump(mode="json") if results.noise else None,
         "rungs": rungs_json(results),
+        "device_time": {"seconds": time.seconds, "overhead": time.overhead},
     }
 
 
@@ -140,6 +144,8 @@ def trial_json(candidate: Candidate, *, brief: bool = False) -> dict[str, Any]:
 
 def print_front(results: Results) -> None:
     """The front as a table, and a summary under it."""
+    from archsearch.report.device_time import device_time
+
     objectives = results.config.search.objectives
     grid = Table(box=None, header_style="bold", pad_edge=False)
     grid.add_column("trial", justify="right")
@@ -166,6 +172,9 @@ def print_front(results: Results) -> None:
     console.print(f"\n{summary}")
     ended = outcomes(results.candidates)
     console.print("trials: " + ", ".join(f"{count} {name}" for name, count in ended.items()))
+    time = device_time(results.candidates)
+    if time.total:
+        console.print(f"time: {time}", soft_wrap=True)
     for line in certainty_lines(results):
         console.print(line, soft_wrap=True)
 

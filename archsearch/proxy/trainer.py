@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig
@@ -25,9 +25,10 @@ from archsearch.model import fla_ops
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.proxy.checkpoint import Curve, Progress, load_checkpoint, save_checkpoint
 from archsearch.proxy.data import Windows, load_corpus, validation_windows
-from archsearch.proxy.loss import token_loss
-from archsearch.proxy.optimizer import make_optimizer, moments, set_step
+from archsearch.proxy.loss import loss_path
+from archsearch.proxy.optimizer import moments, set_step
 from archsearch.proxy.schedule import learning_rate, validation_steps
+from archsearch.proxy.step import TrainingStep, mean_loss
 
 OnProgress = Callable[[int, float], None]
 KeepGoing = Callable[[int, float], bool]
@@ -57,10 +58,11 @@ class ProxyResult:
         loss: last validation loss, nats a token.
         curve: (tokens trained, validation loss) at each validation.
         tokens: tokens trained, those before the checkpoint that it went on from included.
-        seconds: of the phases data, build, train, validate, checkpoint, in this process.
+        tokens_per_second: of the steps in this process after the first ones, which compile; 0 where there were none.
+        seconds: of the phases data, build, compile, train, validate, checkpoint, in this process.
         resumed: tokens of the checkpoint that it went on from; 0 from scratch.
         stopped: the rung at which ``keep_going`` ended it; None when it trained to its end.
-        paths: implementation that each operator kind trained with.
+        paths: implementation that each operator kind, the step and the loss trained with.
         dtype: of the matrix products.
         model: the trained model, in fp32.
     """
@@ -68,18 +70,13 @@ class ProxyResult:
     loss: float
     curve: Curve
     tokens: int
+    tokens_per_second: float
     seconds: dict[str, float]
     paths: dict[str, str]
     dtype: str
     model: HybridLM
     resumed: int = 0
     stopped: int | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Training tokens a second, validations left out; 0 where none were left to train."""
-        seconds = self.seconds.get("train", 0.0)
-        return (self.tokens - self.resumed) / seconds if seconds else 0.0
 
 
 def train_proxy(
@@ -92,6 +89,7 @@ def train_proxy(
     rungs: Sequence[int] = (),
     keep_going: KeepGoing | None = None,
     checkpoint: Path | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> ProxyResult:
     """Train ``architecture`` from scratch for ``config.tokens`` tokens, rounded up to whole steps.
 
@@ -111,6 +109,7 @@ def train_proxy(
             training that goes on from a checkpoint is asked at that rung again.
         checkpoint: file that is written at each rung, before the question. If it exists, the training goes
             on from there.
+        seconds: where to add the seconds of each phase as they pass, so that they outlive a failure.
 
     Raises:
         ConfigError: the data is missing or does not fit the vocabulary or the context.
@@ -118,7 +117,7 @@ def train_proxy(
         UnfitCheckpoint: the checkpoint is damaged or another training's.
         StorageError: the checkpoint cannot be written.
     """
-    clock = _Clock()
+    clock = _Clock({} if seconds is None else seconds)
     training = _Training(architecture, config, seed, torch.device(device), clock)
     resumed = training.restore(checkpoint) if checkpoint is not None else 0
     ladder = {steps: rung for rung in rungs if (steps := training.steps_for(rung)) < training.steps}
@@ -127,8 +126,9 @@ def train_proxy(
         loss=training.curve[-1][1],
         curve=tuple(training.curve),
         tokens=training.curve[-1][0],
+        tokens_per_second=training.timed_tokens / clock.seconds.get("train", math.inf),
         seconds=clock.seconds,
-        paths=training.model.paths(),
+        paths=training.paths,
         dtype=str(training.dtype).removeprefix("torch."),
         model=training.model.eval(),
         resumed=resumed,
@@ -140,7 +140,7 @@ def train_proxy(
 class _Clock:
     """Adds up the wall-clock seconds of each phase."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -160,22 +160,24 @@ class _Training:
         self.config, self.device, self.clock = config, device, clock
         with clock("data"):
             corpus = load_corpus(config, architecture.vocab_size)
-            self.held_out = validation_windows(corpus.validation, config.context, config.validation_tokens)
+            # whole batches: another batch size would compile and tune every kernel again
+            wanted = self.tokens(self.steps_for(config.validation_tokens))
+            self.held_out = validation_windows(corpus.validation, config.context, wanted)
             self.windows = Windows(corpus.train, config.context, seed)
         with clock("build"):
+            self.dtype = _dtype(config.dtype, device)
             self.model = build_model(architecture, seed, device).use(_kernels(config.kernels, device))
-            self.optimizer = make_optimizer(self.model, config)
-            self.diverged = torch.zeros((), dtype=torch.bool, device=device)
-        self.dtype = _dtype(config.dtype, device)
+            self.step = TrainingStep(self.model, config, self.dtype, device)
         self.steps = self.steps_for(config.tokens)
         self.every = STEPS_A_CHECK if device.type == "cuda" else 1
+        self.paths = {"step": self.step.path, "loss": loss_path(device, self.dtype), **self.model.paths()}
         self.identity = {
             "architecture": architecture.to_dict(),
             "proxy": config.model_dump(mode="json"),
             "seed": seed,
-            "paths": {"device": device.type, "dtype": str(self.dtype), **self.model.paths()},
+            "numerics": {"device": device.type, "dtype": str(self.dtype), **self.paths},
         }
-        self.done = 0
+        self.done = self.timed_tokens = 0
         self.curve: list[tuple[int, float]] = []
 
     def steps_for(self, tokens: int) -> int:
@@ -210,39 +212,23 @@ class _Training:
         return None
 
     def train(self, stop: int, on_progress: OnProgress | None) -> None:
-        """All steps up to number ``stop``."""
-        with self.clock("train"):
-            for index in range(self.done, stop):
-                loss = self.step(index, self.windows.batch(index * self.config.batch, self.config.batch))
-                if (index + 1) % self.every == 0 or index + 1 == stop:
+        """All steps up to number ``stop``; the first ones, which compile and capture, have their own clock."""
+        size = self.config.batch
+        for index in range(self.done, stop):
+            phase = "train" if self.step.settled else "compile"
+            with self.clock(phase):
+                windows = self.upload(self.windows.batch(index * size, size))
+                loss = self.step(windows, learning_rate(self.config, index, self.steps))
+                if (index + 1) % self.every == 0 or index + 1 == stop or phase == "compile":
                     self.check(index + 1)
-                    if on_progress is not None:
-                        on_progress(self.tokens(index + 1), loss.item())
+            self.timed_tokens += self.tokens(1) if phase == "train" else 0
+            if on_progress is not None and ((index + 1) % self.every == 0 or index + 1 == stop):
+                on_progress(self.tokens(index + 1), loss.item())
         self.done = stop
-
-    def step(self, index: int, batch: npt.NDArray[np.int64]) -> Tensor:
-        """One update; gives the training loss without waiting for the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(learning_rate(self.config, index, self.steps))
-        loss = self.loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.diverged |= ~torch.isfinite(loss.detach())
-        return loss.detach()
-
-    def loss(self, batch: npt.NDArray[np.int64]) -> Tensor:
-        """Mean loss of a batch [B, context + 1], nats a token."""
-        windows = torch.from_numpy(batch)
-        if self.device.type == "cuda":
-            windows = windows.pin_memory().to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            return token_loss(self.model, self.model.hidden(windows[:, :-1]), windows[:, 1:])
 
     def check(self, steps: int) -> None:
         """Raise NonFiniteLoss if any loss so far was not finite."""
-        if self.diverged.item():
+        if self.step.diverged.item():
             raise NonFiniteLoss(self.tokens(steps), tuple(self.curve))
 
     def validate(self) -> None:
@@ -259,13 +245,19 @@ class _Training:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, len(self.held_out), self.config.batch):
             batch = self.held_out[first : first + self.config.batch]
-            total += self.loss(batch).double() * len(batch)
+            windows = self.upload(batch).to(self.device, non_blocking=True)
+            total += mean_loss(self.model, windows, self.dtype).double() * len(batch)
         return total.item() / len(self.held_out)
+
+    def upload(self, batch: npt.NDArray[np.int64]) -> Tensor:
+        """The batch in memory from which the copy to the device does not hold up the host."""
+        windows = torch.from_numpy(batch)
+        return windows.pin_memory() if self.device.type == "cuda" else windows
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: weights and moments, themselves, not copies."""
         weights = {f"weight.{name}": parameter for name, parameter in self.model.named_parameters()}
-        return weights | dict(moments(self.model, self.optimizer))
+        return weights | dict(moments(self.model, self.step.optimizer))
 
     def save(self, path: Path) -> None:
         """Write the checkpoint from which this training can go on."""
@@ -279,7 +271,7 @@ class _Training:
         if progress is None:
             return 0
         self.done, self.curve = progress.steps, list(progress.curve)
-        set_step(self.optimizer, self.done)
+        set_step(self.step.optimizer, self.done)
         return self.tokens(self.done)
 
 

@@ -13,7 +13,7 @@ from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ProxyConfig
 from archsearch.errors import ConfigError
 from archsearch.model.hybrid import HybridLM, build_model
-from archsearch.proxy import trainer
+from archsearch.proxy import step, trainer
 from archsearch.proxy.loss import token_loss
 from archsearch.proxy.trainer import NonFiniteLoss, train_proxy
 
@@ -45,7 +45,7 @@ def test_training_learns_text() -> None:
     assert len(seen) == 40
     assert seen[-1][0] == result.tokens == 20480
     assert set(result.seconds) == {"data", "build", "train", "validate"}
-    assert result.paths == dict.fromkeys(["a", "f", "gd"], "torch")
+    assert result.paths == {"step": "eager", **dict.fromkeys(["loss", "a", "f", "gd"], "torch")}
     assert result.dtype == "float32"
     assert not result.model.training
 
@@ -68,7 +68,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_curve(monkeypatch: pytest.M
         loss = token_loss(model, hidden, targets)
         return loss * float("nan") if torch.is_grad_enabled() and next(calls) == 15 else loss
 
-    monkeypatch.setattr(trainer, "token_loss", poisoned)
+    monkeypatch.setattr(step, "token_loss", poisoned)
     with pytest.raises(NonFiniteLoss, match="after 8192 tokens") as failure:
         train_proxy(TINY, QUICK, seed=0, device="cpu")
     assert [tokens for tokens, _ in failure.value.curve] == [5120]
@@ -146,6 +146,6 @@ def test_gpu_trains_in_bfloat16_and_catches_divergence(monkeypatch: pytest.Monke
     result = train_proxy(TINY, QUICK, seed=0, device="cuda")
     assert result.dtype == "bfloat16"
     assert result.loss < 3.4
-    monkeypatch.setattr(trainer, "token_loss", lambda *inputs: token_loss(*inputs) * float("nan"))
+    monkeypatch.setattr(step, "token_loss", lambda *inputs: token_loss(*inputs) * float("nan"))
     with pytest.raises(NonFiniteLoss):
         train_proxy(TINY, QUICK, seed=0, device="cuda")

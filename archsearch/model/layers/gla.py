@@ -22,6 +22,7 @@ class GLA(Layer):
     """
 
     residual: ClassVar[str] = "o_proj"
+    internal: ClassVar[tuple[str, ...]] = ("gk_proj.1",)
     paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
 
     def __init__(self, config: operators.GLA, hidden_size: int, norm_eps: float = 1e-6) -> None:
