@@ -112,7 +112,7 @@ def test_the_stopped_would_have_been_dominated(folder: RunFolder) -> None:
 def test_samplers_learn_from_the_stopped_but_breed_from_the_others(folder: RunFolder) -> None:
     study = open_study(folder)
     genes = Genes.of({name: kind.choices for name, kind in distributions(folder.config.space).items()})
-    history = HistoryReader().read(study, genes, len(study.trials))
+    history = HistoryReader(lambda genes, codes: repr(codes)).read(study, genes, len(study.trials))
     pruned = {t.number for t in study.trials if t.state == TrialState.PRUNED}
     assert not pruned & set(history.numbers[history.finished])
     assert pruned <= set(history.numbers[history.learned])

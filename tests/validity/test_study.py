@@ -171,7 +171,7 @@ def test_noise_applies_to_the_same_proxy_only(tmp_path: Path) -> None:
 
 
 def test_a_real_study_trains_prints_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options: dict[str, Any] = {"architectures": 3, "long": "1K", "short": "256", "seeds": 2}
+    options: dict[str, Any] = {"architectures": 3, "long": "512", "short": "128", "seeds": 2}
     assert validity.start(config(), tmp_path / "v", **options) == 0
     printed = capsys.readouterr().out
     assert "Spearman, seed against seed" in printed
