@@ -153,15 +153,15 @@ def print_front(results: Results) -> None:
         grid.add_column(safe(COLUMNS[name]), justify="right")
     if "loss" in objectives:
         grid.add_column("perplexity", justify="right")
-    names = certainty_columns(results)
-    for name in names:
-        grid.add_column(safe(name), justify="right")
+    certainty = certainty_columns(results)
+    for column in certainty:
+        grid.add_column(safe(column), justify="right")
     if "parameters" not in objectives:
         grid.add_column("parameters", justify="right")
     grid.add_column("width", justify="right")
     grid.add_column("operators", overflow="fold")
     for candidate in results.front:
-        grid.add_row(*_cells(candidate, objectives, certainty_cells(results, candidate, names)))
+        grid.add_row(*_cells(candidate, objectives, certainty_cells(results, candidate, certainty)))
     console = stdout()
     console.print(grid)
     total = results.config.search.evaluations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from archsearch.config import RunConfig
@@ -92,11 +93,9 @@ def replicate_front(
         for candidate in front
         if candidate.architecture is not None
     ]
-    evaluator = evaluator_for(config)
+    start = partial(make_executor, config, evaluator_for(config))
     with folder.lock():
-        return run_batch(
-            config, tasks, path_of(folder), lambda: make_executor(config, evaluator), on_progress=on_progress
-        )
+        return run_batch(config, tasks, path_of(folder), start, on_progress=on_progress)
 
 
 def path_of(folder: RunFolder) -> Path:

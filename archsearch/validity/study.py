@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,8 @@ def _train(
     ]
     total = sum(len(tasks) for _, _, tasks, _ in phases)
     for name, config, tasks, checkpoints in phases:
-        evaluator = evaluator_for(config, checkpoints)
-        summary = run_batch(
-            config, tasks, out / name, lambda c=config, e=evaluator: make_executor(c, e), on_progress=on_progress
-        )
+        start = partial(make_executor, config, evaluator_for(config, checkpoints))
+        summary = run_batch(config, tasks, out / name, start, on_progress=on_progress)
         if summary.reason == "interrupted":
             return summary
     for path in (out / "checkpoints").glob("*"):
