@@ -25,7 +25,7 @@ COMMANDS = {
     "latency": "--device --json --set --space ARCH",
     "validate": "--json FILE",
     "init": "--json FILE",
-    "doctor": "--json",
+    "doctor": "--json --tune",
     "scaling": "--block --budgets --depths --json --latencies --metric --out --set --space --widths",
 }
 CONFIG = {
