@@ -294,6 +294,12 @@ def test_doctor(command: Command) -> None:
     assert "off by" in checks["operator gd"]["detail"]
 
 
+def test_doctor_tunes_no_kernels_without_a_gpu(command: Command) -> None:
+    code, _, err = command("doctor", "--tune")
+    assert code == 4
+    assert "no NVIDIA GPU to tune kernels for" in err
+
+
 def test_doctor_fails_where_a_check_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(kind: str) -> None:
         raise RuntimeError("no kernel image\nmore")
