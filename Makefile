@@ -5,7 +5,10 @@
 
 PYTHON ?= python3
 VENV := .venv
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
+# Where this is set, every process of a run or a test compiles torch, Ray and Optuna again.
+unexport PYTHONDONTWRITEBYTECODE
 # Without --no-compile pip compiles every file of torch and Ray; Python compiles the few that are used.
 INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
@@ -23,7 +26,7 @@ demo: $(VENV)/.run ## A search on this machine in minutes: run, inspect, export 
 	$(BIN)/python examples/generate.py experiments/demo/best
 
 test: $(VENV)/.dev ## All tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-gpu: $(VENV)/.cuda ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu

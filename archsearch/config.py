@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from archsearch.errors import ConfigError
 from archsearch.files import Document, parse_yaml, read_yaml, validate, write_atomic
@@ -53,9 +53,17 @@ class ProxyConfig(Frozen):
     batch: int = Field(16, ge=1, description="sequences a step")
     context: int = Field(1024, ge=8, description="tokens a sequence")
     learning_rate: float = Field(5e-4, gt=0, le=10)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="of the learning rate after the warm-up; wsd: constant, then a linear decay"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="fraction of the steps")
+    cooldown: float = Field(0.2, gt=0, le=1, description="fraction of the steps that wsd decays over")
     final_rate: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
     weight_decay: float = Field(0.1, ge=0)
+    weight_normalization: bool = Field(
+        False,
+        description="unit rows and columns after each step; the paper adds weight_decay 0, rate 1e-3",
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
@@ -65,6 +73,13 @@ class ProxyConfig(Frozen):
     kernels: Literal["auto", "torch", "fla"] = Field(
         "auto", description="flash-linear-attention's on a GPU, the plain-torch reference on a CPU"
     )
+    cuda_graph: bool = Field(True, description="replay the whole step as one CUDA graph on a GPU")
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> ProxyConfig:
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError("warmup and cooldown together are more than the whole training; lower one")
+        return self
 
 
 class LatencyConfig(Frozen):
@@ -127,7 +142,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         document = _override(document, override)
     config = validate(RunConfig, document)
     config.space.check_feasible()
-    return config.model_copy(update={"proxy": _absolute(config.proxy)})
+    # The run folder's copy may be read from elsewhere, and later: it names no file by a relative path.
+    return config.model_copy(update={"proxy": _absolute(config.proxy), "space": config.space.with_seed_files_read()})
 
 
 def _absolute(proxy: ProxyConfig) -> ProxyConfig:

@@ -9,7 +9,6 @@ import gc
 import json
 import math
 import os
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
@@ -47,12 +48,13 @@ class ProxyEvaluator:
     def __call__(self, architecture: Architecture, *, seed: int) -> Evaluation:
         """Evaluate once. Every failure comes back as an outcome with its cause in ``error``."""
         record = _Record(architecture, seed)
-        try:
-            self._evaluate(record)
-        except Exception as error:
-            record.fail(error)
-        if record.outcome is not Outcome.CRASH:  # a broken CUDA context would refuse even this
-            _release_memory()
+        with _accounted(record.seconds):
+            try:
+                self._evaluate(record)
+            except Exception as error:
+                record.fail(error)
+            if record.outcome is not Outcome.CRASH:  # a broken CUDA context would refuse even this
+                _release_memory()
         return record.evaluation()
 
     def _evaluate(self, record: _Record) -> None:
@@ -65,6 +67,24 @@ class ProxyEvaluator:
         if "loss" in objectives:
             _train(record, self.config, device, self.weights)
         record.objectives = {name: record.objectives[name] for name in objectives}
+
+
+_ended: float | None = None
+"""When the last evaluation of this process ended, on the wall clock."""
+
+
+@contextmanager
+def _accounted(seconds: dict[str, float]) -> Iterator[None]:
+    """Add what the phases leave out: ``idle`` before, since the last one or the start of the process, and ``other``."""
+    global _ended
+    begin = time.time()
+    idle = max(begin - (psutil.Process().create_time() if _ended is None else _ended), 0.0)
+    try:
+        yield
+    finally:
+        _ended = time.time()
+        seconds["other"] = max(_ended - begin - sum(seconds.values()), 0.0)
+        seconds["idle"] = idle
 
 
 @dataclass
@@ -178,9 +198,8 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 def _train(record: _Record, config: RunConfig, device: torch.device, weights: str | None) -> None:
     from archsearch.proxy.trainer import train_proxy
 
-    result = train_proxy(record.architecture, config.proxy, seed=record.seed, device=device)
+    result = train_proxy(record.architecture, config.proxy, seed=record.seed, device=device, seconds=record.seconds)
     record.curve, record.objectives["loss"] = result.curve, result.loss
-    record.seconds |= result.seconds
     record.paths |= result.paths
     record.metrics |= {
         "perplexity": math.exp(min(result.loss, 700.0)),
@@ -195,20 +214,9 @@ def _train(record: _Record, config: RunConfig, device: torch.device, weights: st
 
 def save_weights(model: HybridLM, path: Path) -> None:
     """Write the parameters as safetensors, all or nothing; the architecture travels in the metadata."""
-    from safetensors.torch import save
+    from archsearch.proxy.checkpoint import write_tensors
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", "architecture": json.dumps(model.architecture.to_dict())}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_tensors(path, dict(model.state_dict()), {"architecture": json.dumps(model.architecture.to_dict())})
 
 
 def _release_memory() -> None:

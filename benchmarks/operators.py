@@ -15,12 +15,14 @@ at once, to the end of their first step: with an empty cache, and again with wha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
+import queue as queues
 import statistics
 import subprocess
 import sys
@@ -98,10 +100,12 @@ def ours(kind: str, hidden: int) -> torch.nn.Module:
 
 def theirs(kind: str, hidden: int) -> torch.nn.Module | None:
     """The same layer of flash-linear-attention, where it has one; its Attention needs flash-attn."""
+    from archsearch.model import fla_library
+
+    if kind == "m2" and fla_library.installed("mamba_ssm"):
+        fla_library.load("mamba_ssm.ops.triton.ssd_combined")  # whose package cannot be imported without its extension
     import fla.layers
     from fla.modules.mlp import GatedMLP
-
-    from archsearch.model.fla_library import installed
 
     heads = hidden // 128
     if kind == "d":
@@ -113,11 +117,11 @@ def theirs(kind: str, hidden: int) -> torch.nn.Module | None:
         return fla.layers.GatedLinearAttention(hidden_size=hidden, num_heads=hidden // 256, norm_eps=1e-6).cuda()
     if kind == "f":
         return GatedMLP(hidden_size=hidden, intermediate_size=3 * hidden).cuda()
-    if kind == "m2" and installed("mamba_ssm"):
+    if kind == "m2" and fla_library.installed("mamba_ssm"):
         sizes = {"num_heads": hidden // 32, "head_dim": 64, "state_size": 128, "expand": 2, "n_groups": 1}
         # in training mode it asks for causal-conv1d's extension; in eval mode it runs its Triton convolution
         return fla.layers.Mamba2(hidden_size=hidden, layer_idx=0, **sizes).cuda().eval()
-    if kind in ("a", "w") and installed("flash_attn"):
+    if kind in ("a", "w") and fla_library.installed("flash_attn"):
         window = {"window_size": 512} if kind == "w" else {}
         return fla.layers.Attention(hidden_size=hidden, num_heads=heads, **window).cuda()
     return None
@@ -143,16 +147,25 @@ def measure(kind: str, hidden: int, side: str) -> dict[str, float | None]:
     """Figures of one layer: ``ours``, ``full`` (ours with kernels tuned in full at this shape) or ``fla``."""
     import torch
 
-    layer = theirs(kind, hidden) if side == "fla" else ours(kind, hidden)
+    layer = compiled(kind, hidden, side)
     if layer is None:
         return {}
     x = torch.randn(BATCH, LENGTH, hidden, device="cuda", requires_grad=True)
-    step(layer, x)
-    torch.cuda.synchronize()
     prefix = "" if side == "ours" else f"{side}_"
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return figures(layer, x, prefix)
+
+
+def compiled(kind: str, hidden: int, side: str) -> torch.nn.Module | None:
+    """The layer after its first step."""
+    import torch
+
+    layer = theirs(kind, hidden) if side == "fla" else ours(kind, hidden)
+    if layer is not None:
+        step(layer, torch.randn(BATCH, LENGTH, hidden, device="cuda", requires_grad=True))
+        torch.cuda.synchronize()
+    return layer
 
 
 def ours_beside(kind: str, hidden: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -175,12 +188,19 @@ def ours_beside(kind: str, hidden: int, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def worker(kind: str, side: str, widths: list[int], queue: Any) -> None:
-    """Measure all widths of one layer of one side; a failure is a finding too."""
+def worker(kind: str, side: str, widths: list[int], queue: Any, start: Any) -> None:
+    """Compile and tune all widths of one layer of one side, and measure them when all processes are that far;
+    a failure is a finding too.
+    """
     if side == "full":
         from archsearch.model import tuned
 
         tuned.install = lambda: None  # Triton tunes by itself
+    for hidden in widths:
+        with contextlib.suppress(Exception):  # what fails here fails again below
+            compiled(kind, hidden, side)
+    queue.put((kind, side, None))
+    start.wait()
     for hidden in widths:
         row: dict[str, Any] = {}
         try:
@@ -247,12 +267,24 @@ def startup(kinds: list[str], hidden: int) -> dict[str, Any]:
 def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows: each side of each kind in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    jobs = [(kind, side) for kind in args.kinds for side in args.sides]
-    for kind, side in jobs:
-        context.Process(target=worker, args=(kind, side, args.hidden, queue), daemon=True).start()
+    queue, start = context.Queue(), context.Event()
+    jobs = {}
+    for kind, side in itertools.product(args.kinds, args.sides):
+        jobs[kind, side] = context.Process(target=worker, args=(kind, side, args.hidden, queue, start), daemon=True)
+        jobs[kind, side].start()
+    late, deadline = set(jobs), time.monotonic() + args.patience
+    with contextlib.suppress(queues.Empty):
+        while late:
+            kind, side, _ = queue.get(timeout=max(0.0, deadline - time.monotonic()))
+            late.discard((kind, side))
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for _ in range(len(jobs) * len(args.hidden)):
+    for kind, side in late:
+        jobs[kind, side].terminate()
+        for hidden in args.hidden:
+            row = rows.setdefault((kind, hidden), {"kind": kind, "hidden": hidden, "sides": 0})
+            row |= {f"{side}_failed": f"not compiled after {args.patience} s", "sides": row["sides"] + 1}
+    start.set()
+    for _ in range((len(jobs) - len(late)) * len(args.hidden)):
         kind, hidden, found = queue.get()
         row = rows.setdefault((kind, hidden), {"kind": kind, "hidden": hidden, "sides": 0})
         row |= {**found, "sides": row["sides"] + 1}
@@ -277,6 +309,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     sides = ("ours", "fla", "full")
     parser.add_argument("--sides", nargs="+", choices=sides, default=["ours", "fla"], help="what to measure")
+    parser.add_argument("--patience", type=float, default=1800, metavar="SECONDS", help="to wait for compilation")
     parser.add_argument("--startup", action="store_true", help="cold and warm start-up instead of speed")
     parser.add_argument("--startup-one", metavar="KIND", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)

@@ -14,7 +14,18 @@ import archsearch
 
 PACKAGE = Path(archsearch.__file__).parent
 TOP = {"api", "cli", "commands", "worker"}
-ROOT = {"architecture", "config", "environment", "errors", "evaluation", "files", "operators", "schema", "space"}
+ROOT = {
+    "architecture",
+    "config",
+    "environment",
+    "errors",
+    "evaluation",
+    "files",
+    "operators",
+    "schema",
+    "space",
+    "stage",
+}
 ALLOWED = {
     "root": ROOT,
     "search": ROOT | {"search"},
@@ -29,7 +40,7 @@ ALLOWED = {
 """What each room may import of ours; rooms that are missing here may import everything."""
 ONLY = {
     "torch": {"model", "proxy", "latency", "export", "worker", "commands"},
-    "triton": {"model", "latency", "commands"},
+    "triton": {"model", "proxy", "latency", "commands"},
     "transformers": {"export"},
     "optuna": {"search"},
     "ray": {"search"},

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from archsearch import worker
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ExecutionConfig, LatencyConfig, ProxyConfig, RunConfig, SearchConfig
-from archsearch.errors import ConfigError
+from archsearch.errors import ConfigError, StorageError
 from archsearch.evaluation import Evaluation, Outcome
 from archsearch.latency import decode
 from archsearch.model.hybrid import build_model
@@ -64,8 +65,10 @@ def test_evaluation_is_complete(tmp_path: Path) -> None:
     assert found.objectives["decode_latency"] > 0
     assert found.objectives["state_bytes"] == CANDIDATE.state_bytes(8192)
     assert [tokens for tokens, _ in found.curve] == [512, 1024]
-    assert set(found.seconds) == {"import", "latency", "data", "build", "train", "validate", "save"}
-    assert found.paths == {"decode": "torch step", "a": "torch", "f": "torch"}
+    phases = {"import", "latency", "data", "build", "kernels", "train", "validate", "save", "idle", "other"}
+    assert set(found.seconds) == phases
+    assert min(found.seconds.values()) >= 0
+    assert found.paths == {"decode": "torch step", "step": "eager", "loss": "torch", "a": "torch", "f": "torch"}
     assert found.metrics["notation"] == "a f"
     assert found.metrics["parameters"] == CANDIDATE.parameters
     assert found.metrics["proxy_tokens"] == 1024
@@ -98,7 +101,7 @@ def test_failed_write_leaves_the_old_weights(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         save_weights(build_model(CANDIDATE, seed=1), path)
     assert os.listdir(tmp_path) == [path.name]
     assert path.read_bytes() == old
@@ -119,6 +122,7 @@ def test_latency_above_the_ceiling_is_infeasible_before_training(monkeypatch: py
     assert found.objectives == {}
     assert found.metrics["tpot_ms"] > 0
     assert "train" not in found.seconds
+    assert found.seconds["latency"] > 0
 
 
 def fail_in_layer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
@@ -155,6 +159,24 @@ def test_model_that_cannot_fit_is_out_of_memory() -> None:
     found = evaluate(config_of(latency=LatencyConfig(tokens=10**9, batch=10**6)))
     assert found.outcome is Outcome.OOM
     assert found.error.startswith("DoesNotFit: decoding 1000000000 tokens")
+
+
+def test_seconds_are_complete_and_idle_time_is_counted() -> None:
+    evaluate(config_of())
+    time.sleep(0.2)
+    begin = time.time()
+    found = evaluate(config_of())
+    took = time.time() - begin
+    assert 0.2 <= found.seconds["idle"] < 1
+    assert sum(found.seconds.values()) - found.seconds["idle"] == pytest.approx(took, abs=0.1)
+
+
+def test_seconds_of_a_training_that_failed_are_kept() -> None:
+    config = config_of(search=SearchConfig(objectives=("loss",)))
+    proxy = config.proxy.model_copy(update={"learning_rate": 10.0, "clip": 1e9, "warmup": 0.0, "tokens": 10**6})
+    found = evaluate(config.model_copy(update={"proxy": proxy}))
+    assert found.outcome is Outcome.NAN or found.ok
+    assert found.seconds["train"] > 0
 
 
 def test_divergence_keeps_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +231,7 @@ def test_interrupt_is_not_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_python(code: str, **environment: str) -> str:
-    keep = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    keep = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     done = subprocess.run([sys.executable, "-c", code], env=keep | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -75,6 +75,9 @@ def outcomes(candidates: list[Candidate]) -> dict[str, int]:
 
 def front_json(results: Results) -> dict[str, Any]:
     """A run as plain data."""
+    from archsearch.report.device_time import device_time
+
+    time = device_time(results.candidates)
     return {
         "run": str(results.path),
         "space": results.config.space.name,
@@ -84,6 +87,7 @@ def front_json(results: Results) -> dict[str, Any]:
         "outcomes": outcomes(results.candidates),
         "hypervolume": results.hypervolume,
         "hypervolume_reference": list(results.reference) if results.reference else None,
+        "device_time": {"seconds": time.seconds, "overhead": time.overhead},
         "front": [trial_json(candidate, brief=True) for candidate in results.front],
     }
 
@@ -115,6 +119,8 @@ def trial_json(candidate: Candidate, *, brief: bool = False) -> dict[str, Any]:
 
 def print_front(results: Results) -> None:
     """The front as a table, and a summary under it."""
+    from archsearch.report.device_time import device_time
+
     objectives = results.config.search.objectives
     grid = Table(box=None, header_style="bold", pad_edge=False)
     grid.add_column("trial", justify="right")
@@ -138,6 +144,9 @@ def print_front(results: Results) -> None:
     console.print(f"\n{summary}")
     ended = outcomes(results.candidates)
     console.print("trials: " + ", ".join(f"{count} {name}" for name, count in ended.items()))
+    time = device_time(results.candidates)
+    if time.total:
+        console.print(f"time: {time}", soft_wrap=True)
 
 
 def _cells(candidate: Candidate, objectives: tuple[str, ...]) -> list[str]:

@@ -133,16 +133,25 @@ class HybridLM(nn.Module):
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads: [B, T, hidden] after the final norm, without the meta tokens."""
+        """What the head reads: [B, T, hidden] after the final norm, without the meta tokens.
+
+        Under autocast the residual stream is of its type: what moves memory is most of a small model's step.
+        """
         x = self._embed(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x)
         return self.norm(x[:, self.n_meta :])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to what ``hidden`` returns."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the head, [vocab, hidden]; the embedding's own where they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def allocate_state(
         self, batch: int, length: int, device: torch.device | None = None, dtype: torch.dtype | None = None

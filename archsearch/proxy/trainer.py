@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig
 from archsearch.errors import ArchsearchError
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.training_path import prepare
+from archsearch.proxy.checkpoint import Curve, Progress, load_checkpoint, save_checkpoint
 from archsearch.proxy.data import Windows, load_corpus, validation_windows
-from archsearch.proxy.loss import token_loss
+from archsearch.proxy.loss import loss_path
+from archsearch.proxy.optimizer import moments, set_step
+from archsearch.proxy.schedule import learning_rate, validation_steps
+from archsearch.proxy.step import TrainingStep, mean_loss
 
-Curve = tuple[tuple[int, float], ...]
-Progress = Callable[[int, float], None]
+OnProgress = Callable[[int, float], None]
+KeepGoing = Callable[[int, float], bool]
 
 STEPS_A_CHECK = 50
 """On a GPU the loss is looked at this rarely, as each look waits for the device."""
@@ -52,9 +57,12 @@ class ProxyResult:
     Attributes:
         loss: last validation loss, nats a token.
         curve: (tokens trained, validation loss) at each validation.
-        tokens: tokens trained.
-        seconds: of the phases data, build, train, validate.
-        paths: implementation that each operator kind trained with.
+        tokens: tokens trained, those before the checkpoint that it went on from included.
+        tokens_per_second: of the steps in this process after the first ones, which compile; 0 where there were none.
+        seconds: of the phases data, build, kernels, compile, train, validate, checkpoint, in this process.
+        resumed: tokens of the checkpoint that it went on from; 0 from scratch.
+        stopped: the rung at which ``keep_going`` ended it; None when it trained to its end.
+        paths: implementation that each operator kind, the step and the loss trained with.
         dtype: of the matrix products.
         model: the trained model, in fp32.
     """
@@ -62,15 +70,13 @@ class ProxyResult:
     loss: float
     curve: Curve
     tokens: int
+    tokens_per_second: float
     seconds: dict[str, float]
     paths: dict[str, str]
     dtype: str
     model: HybridLM
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Training tokens a second, validations left out."""
-        return self.tokens / self.seconds["train"]
+    resumed: int = 0
+    stopped: int | None = None
 
 
 def train_proxy(
@@ -79,11 +85,16 @@ def train_proxy(
     *,
     seed: int,
     device: torch.device | str,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
+    rungs: Sequence[int] = (),
+    keep_going: KeepGoing | None = None,
+    checkpoint: Path | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> ProxyResult:
     """Train ``architecture`` from scratch for ``config.tokens`` tokens, rounded up to whole steps.
 
-    The same seed gives the same loss to the last bit on a CPU with the same number of threads.
+    The same seed gives the same loss to the last bit on a CPU with the same number of threads, also when the
+    training was stopped at a rung, or killed, and goes on from its checkpoint.
 
     Args:
         architecture: what to train.
@@ -91,29 +102,45 @@ def train_proxy(
         seed: of the weights and of the order of the data.
         device: where to train.
         on_progress: called with (tokens trained, training loss), each step on a CPU, less often on a GPU.
+        rungs: token budgets below ``config.tokens``, rounded up to whole steps, at which a validation takes
+            place anyway; others are passed over, as the end is no rung. The learning rate follows the schedule
+            of the whole budget, so losses at a rung compare models that are equally far (``schedule.py``).
+        keep_going: asked at each rung with (the rung as given, validation loss); False ends the training. A
+            training that goes on from a checkpoint is asked at that rung again.
+        checkpoint: file that is written at each rung, before the question. If it exists, the training goes
+            on from there.
+        seconds: where to add the seconds of each phase as they pass, so that they outlive a failure.
 
     Raises:
         ConfigError: the data is missing or does not fit the vocabulary or the context.
         NonFiniteLoss: training diverged.
+        UnfitCheckpoint: the checkpoint is damaged or another training's.
+        StorageError: the checkpoint cannot be written.
     """
-    clock = _Clock()
-    with clock("data"):
-        corpus = load_corpus(config, architecture.vocab_size)
-        held_out = validation_windows(corpus.validation, config.context, config.validation_tokens)
-        windows = Windows(corpus.train, config.context, seed)
-    with clock("build"):
-        training = _Training(build_model(architecture, seed, device), config, torch.device(device))
-    curve = training.run(windows, held_out, clock, on_progress or (lambda tokens, loss: None))
-    dtype = str(training.dtype).removeprefix("torch.")
-    tokens, loss = curve[-1]
-    return ProxyResult(loss, curve, tokens, clock.seconds, training.model.paths(), dtype, training.model.eval())
+    clock = _Clock({} if seconds is None else seconds)
+    training = _Training(architecture, config, seed, torch.device(device), clock)
+    resumed = training.restore(checkpoint) if checkpoint is not None else 0
+    ladder = {steps: rung for rung in rungs if (steps := training.steps_for(rung)) < training.steps}
+    stopped = training.run(ladder, keep_going, checkpoint, on_progress)
+    return ProxyResult(
+        loss=training.curve[-1][1],
+        curve=tuple(training.curve),
+        tokens=training.curve[-1][0],
+        tokens_per_second=training.timed_tokens / clock.seconds.get("train", math.inf),
+        seconds=clock.seconds,
+        paths=training.paths,
+        dtype=str(training.dtype).removeprefix("torch."),
+        model=training.model.eval(),
+        resumed=resumed,
+        stopped=stopped,
+    )
 
 
 @dataclass(slots=True)
 class _Clock:
     """Adds up the wall-clock seconds of each phase."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -125,97 +152,133 @@ class _Clock:
 
 
 class _Training:
-    """A model, its optimizer and the steps that a token budget buys."""
+    """A training under way: model, optimizer, data, and how far it is."""
 
-    def __init__(self, model: HybridLM, config: ProxyConfig, device: torch.device) -> None:
-        self.config, self.device, self.dtype = config, device, _dtype(config.dtype, device)
-        self.model = prepare(model, config.kernels, device, self.dtype)
-        self.steps = math.ceil(config.tokens / (config.batch * config.context))
-        self.optimizer = make_optimizer(model, config)
-        self.diverged = torch.zeros((), dtype=torch.bool, device=device)
+    def __init__(
+        self, architecture: Architecture, config: ProxyConfig, seed: int, device: torch.device, clock: _Clock
+    ) -> None:
+        self.config, self.device, self.clock = config, device, clock
+        with clock("data"):
+            corpus = load_corpus(config, architecture.vocab_size)
+            # whole batches: another batch size would compile and tune every kernel again
+            wanted = self.tokens(self.steps_for(config.validation_tokens))
+            self.held_out = validation_windows(corpus.validation, config.context, wanted)
+            self.windows = Windows(corpus.train, config.context, seed)
+        with clock("build"):
+            self.dtype = _dtype(config.dtype, device)
+            self.model = build_model(architecture, seed, device)
+        with clock("kernels"):
+            prepare(self.model, config.kernels, device, self.dtype)
+        with clock("build"):
+            self.step = TrainingStep(self.model, config, self.dtype, device)
+        self.steps = self.steps_for(config.tokens)
         self.every = STEPS_A_CHECK if device.type == "cuda" else 1
+        self.paths = {"step": self.step.path, "loss": loss_path(device, self.dtype), **self.model.paths()}
+        self.identity = {
+            "architecture": architecture.to_dict(),
+            "proxy": config.model_dump(mode="json"),
+            "seed": seed,
+            "numerics": {"device": device.type, "dtype": str(self.dtype), **self.paths},
+        }
+        self.done = self.timed_tokens = 0
+        self.curve: list[tuple[int, float]] = []
 
-    def run(self, windows: Windows, held_out: npt.NDArray[np.int64], clock: _Clock, on_progress: Progress) -> Curve:
-        """All steps, with validations in between; gives the curve."""
-        curve: list[tuple[int, float]] = []
-        done = 0
-        for stop in validation_steps(self.steps, self.config.validations):
-            with clock("train"):
-                for step in range(done, stop):
-                    loss = self.step(step, windows.batch(step * self.config.batch, self.config.batch))
-                    if (step + 1) % self.every == 0 or step + 1 == stop:
-                        self.check(step + 1, curve)
-                        on_progress(self.tokens(step + 1), loss.item())
-            with clock("validate"):
-                done, value = stop, self.validate(held_out)
-            if not math.isfinite(value):
-                raise NonFiniteLoss(self.tokens(stop), tuple(curve))
-            curve.append((self.tokens(stop), value))
-        return tuple(curve)
+    def steps_for(self, tokens: int) -> int:
+        """Steps that train on ``tokens`` tokens, or a part of a step more."""
+        return math.ceil(tokens / (self.config.batch * self.config.context))
 
     def tokens(self, steps: int) -> int:
         """Tokens that ``steps`` steps train on."""
         return steps * self.config.batch * self.config.context
 
-    def step(self, index: int, batch: npt.NDArray[np.int64]) -> Tensor:
-        """One update; gives the training loss without waiting for the device."""
-        rate = self.config.learning_rate * schedule(index, self.steps, self.config.warmup, self.config.final_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss = self.loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.diverged |= ~torch.isfinite(loss.detach())
-        return loss.detach()
+    def run(
+        self,
+        ladder: dict[int, int],
+        keep_going: KeepGoing | None,
+        checkpoint: Path | None,
+        on_progress: OnProgress | None,
+    ) -> int | None:
+        """Train to the end, or to the rung where ``keep_going`` says so: that rung, or None.
 
-    def loss(self, batch: npt.NDArray[np.int64]) -> Tensor:
-        """Mean loss of a batch [B, context + 1], nats a token."""
-        windows = torch.from_numpy(batch)
-        if self.device.type == "cuda":
-            windows = windows.pin_memory().to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            return token_loss(self.model, self.model.hidden(windows[:, :-1]), windows[:, 1:])
+        ``ladder`` holds the rung that is reached after so many steps.
+        """
+        for stop in validation_steps(self.steps, self.config.validations, ladder):
+            if stop < self.done:
+                continue
+            if stop > self.done:
+                self.train(stop, on_progress)
+                self.validate()
+                if stop in ladder and checkpoint is not None:
+                    self.save(checkpoint)
+            if stop in ladder and keep_going is not None and not keep_going(ladder[stop], self.curve[-1][1]):
+                return ladder[stop]
+        return None
 
-    def check(self, steps: int, curve: Iterable[tuple[int, float]]) -> None:
+    def train(self, stop: int, on_progress: OnProgress | None) -> None:
+        """All steps up to number ``stop``; the first ones, which compile and capture, have their own clock."""
+        size = self.config.batch
+        for index in range(self.done, stop):
+            phase = "train" if self.step.settled else "compile"
+            with self.clock(phase):
+                windows = self.upload(self.windows.batch(index * size, size))
+                loss = self.step(windows, learning_rate(self.config, index, self.steps))
+                if (index + 1) % self.every == 0 or index + 1 == stop or phase == "compile":
+                    self.check(index + 1)
+            self.timed_tokens += self.tokens(1) if phase == "train" else 0
+            if on_progress is not None and ((index + 1) % self.every == 0 or index + 1 == stop):
+                on_progress(self.tokens(index + 1), loss.item())
+        self.done = stop
+
+    def check(self, steps: int) -> None:
         """Raise NonFiniteLoss if any loss so far was not finite."""
-        if self.diverged.item():
-            raise NonFiniteLoss(self.tokens(steps), tuple(curve))
+        if self.step.diverged.item():
+            raise NonFiniteLoss(self.tokens(steps), tuple(self.curve))
+
+    def validate(self) -> None:
+        """Add the loss over the held-out windows to the curve; raises NonFiniteLoss where it is not finite."""
+        with self.clock("validate"):
+            value = self.validation_loss()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(self.tokens(self.done), tuple(self.curve))
+        self.curve.append((self.tokens(self.done), value))
 
     @torch.no_grad()
-    def validate(self, held_out: npt.NDArray[np.int64]) -> float:
+    def validation_loss(self) -> float:
         """Mean loss over the held-out windows, nats a token."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(held_out), self.config.batch):
-            batch = held_out[first : first + self.config.batch]
-            total += self.loss(batch).double() * len(batch)
-        return total.item() / len(held_out)
+        for first in range(0, len(self.held_out), self.config.batch):
+            batch = self.held_out[first : first + self.config.batch]
+            windows = self.upload(batch).to(self.device, non_blocking=True)
+            total += mean_loss(self.model, windows, self.dtype).double() * len(batch)
+        return total.item() / len(self.held_out)
+
+    def upload(self, batch: npt.NDArray[np.int64]) -> Tensor:
+        """The batch in memory from which the copy to the device does not hold up the host."""
+        windows = torch.from_numpy(batch)
+        return windows.pin_memory() if self.device.type == "cuda" else windows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: weights and moments, themselves, not copies."""
+        weights = {f"weight.{name}": parameter for name, parameter in self.model.named_parameters()}
+        return weights | dict(moments(self.model, self.step.optimizer))
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint from which this training can go on."""
+        with self.clock("checkpoint"):
+            save_checkpoint(path, self.tensors(), self.identity, Progress(self.done, tuple(self.curve)))
+
+    def restore(self, path: Path) -> int:
+        """Go on from a checkpoint: the tokens that it had trained, 0 where there is none."""
+        with self.clock("checkpoint"):
+            progress = load_checkpoint(path, self.tensors(), self.identity)
+        if progress is None:
+            return 0
+        self.done, self.curve = progress.steps, list(progress.curve)
+        set_step(self.step.optimizer, self.done)
+        return self.tokens(self.done)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def make_optimizer(model: nn.Module, config: ProxyConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and leaves norms, biases and other vectors alone."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
-def schedule(index: int, steps: int, warmup: float, final: float) -> float:
-    """Share of the peak learning rate at step ``index`` from 0: linear warm-up, then a cosine to ``final``."""
-    rising = math.ceil(warmup * steps)
-    if index < rising:
-        return (index + 1) / rising
-    progress = (index - rising) / max(steps - 1 - rising, 1)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def validation_steps(steps: int, validations: int) -> list[int]:
-    """Steps after which to validate: evenly spaced, the last one included, no more than there are steps."""
-    return sorted({math.ceil(steps * (point + 1) / validations) for point in range(validations)})

@@ -20,6 +20,7 @@ from archsearch.search.genes import Choice, Codes, Floats, Genes
 from archsearch.search.guide import Guide, exact_objectives
 from archsearch.search.history import History, HistoryReader
 from archsearch.search.surrogate import SurrogateUnfit
+from archsearch.search.threads import one_thread
 
 Cheap = Callable[[Mapping[str, Any]], Mapping[str, float]]
 Draws = Iterator[tuple[Codes, Lineage]]
@@ -107,7 +108,7 @@ class AgingEvolutionSampler(BaseSampler):
         self._cheap = cheap
         self._check_paper()
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        self._reader = HistoryReader()
+        self._reader = HistoryReader(self._identity)
         self._guide: tuple[Genes, Guide] | None = None
         self._identities: dict[tuple[int, ...], str | None] = {}
         self._lineage: dict[int, Lineage] = {}
@@ -154,7 +155,8 @@ class AgingEvolutionSampler(BaseSampler):
         genes = Genes.of(choices)
         history = self._reader.read(study, genes, trial.number)
         rng = np.random.default_rng([self._seed, len(history.numbers)])
-        codes, lineage = self._propose(genes, history, rng)
+        with one_thread():
+            codes, lineage = self._propose(genes, history, rng)
         self._lineage[trial.number] = lineage
         if len(self._lineage) > REMEMBERED:
             del self._lineage[next(iter(self._lineage))]
@@ -163,8 +165,8 @@ class AgingEvolutionSampler(BaseSampler):
     # What is proposed: the first draw that is new and feasible
 
     def _propose(self, genes: Genes, history: History, rng: np.random.Generator) -> tuple[Codes, Lineage]:
-        known = {self._identity(genes, row) for row in map(tuple, history.codes.tolist())}
-        left = len(np.unique(history.codes, axis=0)) < genes.count
+        known = history.identities
+        left = len(history.genomes) < genes.count
         for codes, lineage in self._draws(genes, history, rng) if left else ():
             identity = self._identity(genes, tuple(codes.tolist()))
             if identity is not None and identity not in known:

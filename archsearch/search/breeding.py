@@ -19,6 +19,8 @@ from archsearch.search.pareto import crowding_distances, front, non_domination_r
 Lineage = dict[str, Any]
 FRESH = 0.1  # share of a pool that has no parent
 ONE_MORE = 0.5  # probability that a pool's offspring differs in one more gene
+CROWD = 256  # running trials that take a share of the candidates away
+FEWEST_CANDIDATES = 32
 PRIOR = 4.0  # mutations of a gene that its rate starts from
 
 
@@ -120,7 +122,7 @@ class Breeding:
             importance: of each gene for the objectives, (genes,), adding up to 1.
         """
         weights = self.weights / self.weights.sum() + (importance if self._settings.adaptive else 0.0)
-        size, rng = self._settings.candidates, self._rng
+        size, rng = self._pool_size, self._rng
         from_front = rng.random(size) < self._settings.front_parents
         parents = np.where(from_front, rng.choice(self.front, size), rng.choice(self.alive, size))
         changes = rng.geometric(1 - ONE_MORE, size)
@@ -130,10 +132,17 @@ class Breeding:
         codes = np.where(crossed[:, None] & (rng.random(codes.shape) < 0.5), mates, codes)
         fresh = rng.random(size) < FRESH
         codes[fresh], parents[fresh] = mixed(self._genes, rng, int(fresh.sum())), -1
-        known = set(map(tuple, self._history.codes.tolist()))
+        known = self._history.genomes
         rows = {row: i for i, row in enumerate(map(tuple, codes.tolist())) if row not in known}
         chosen = np.array(list(rows.values()), dtype=np.int64)
         return Pool(codes[chosen], parents[chosen], from_front[chosen], crossed[chosen])
+
+    @property
+    def _pool_size(self) -> int:
+        """Fewer candidates where many trials run: asks come often then, and what they rest on is old."""
+        wanted = self._settings.candidates
+        share = 1 + int(self._history.running.sum()) // CROWD
+        return min(wanted, max(wanted // share, FEWEST_CANDIDATES))
 
     def pool_lineage(self, pool: Pool, row: int) -> Lineage:
         """Where a row of a pool came from."""

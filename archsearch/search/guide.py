@@ -32,6 +32,8 @@ class Guide:
     def __init__(self, genes: Genes) -> None:
         self._genes = genes
         self._models: dict[str, Surrogate] = {}
+        self._learned_from: dict[str, tuple[object, bytes]] = {}
+        self._expected: dict[str, dict[int, float]] = {}
 
     def gains(self, history: History, candidates: Codes, exact: Floats) -> Floats:
         """Expected gain of each candidate.
@@ -65,13 +67,17 @@ class Guide:
 
     def _learned(self, history: History) -> Codes:
         """The finished rows to learn from; many are taken in at once where many are known or many run."""
-        rows = history.finished
+        rows = history.learned
         stride = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
         return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
 
     def _fit(self, name: str, history: History, rows: Codes, values: Floats) -> Surrogate:
         model = self._models.setdefault(name, Surrogate(self._genes))
-        model.fit(history.codes[rows], values, _conditioning(history.values[rows]))
+        # What has finished never changes.
+        lesson = history.source, rows.tobytes()
+        if self._learned_from.get(name) != lesson:
+            model.fit(history.codes[rows], values, _conditioning(history.values[rows]))
+            self._learned_from[name], self._expected[name] = lesson, {}
         return model
 
     def _predict(self, history: History, done: Codes, candidates: Codes, exact: Floats) -> tuple[Floats, Floats]:
@@ -86,10 +92,16 @@ class Guide:
     def _pending(self, history: History, done: Codes) -> Floats:
         """What running trials are expected to give, so that their like is not proposed again beside them."""
         rows = np.flatnonzero(history.running)[-MOST_PENDING:]
-        unknown = np.full((len(rows), history.values.shape[1]), np.nan)
-        if len(rows) == 0:
-            return unknown
-        return self._predict(history, done, history.codes[rows], unknown)[0]
+        columns = [self._expect(str(k), history, done, v, rows) for k, v in enumerate(history.values[done].T)]
+        return np.stack(columns, axis=1)
+
+    def _expect(self, name: str, history: History, done: Codes, values: Floats, rows: Codes) -> Floats:
+        """What running rows are expected to give in one objective; each model predicts each of them once."""
+        model, expected = self._fit(name, history, done, values), self._expected[name]
+        new = [row for row in rows.tolist() if row not in expected]
+        if new:
+            expected.update(zip(new, model.predict(history.codes[new])[0].tolist(), strict=True))
+        return np.array([expected[row] for row in rows.tolist()])
 
     def _feasibility(self, history: History, done: Codes, candidates: Codes) -> Floats:
         """Probability of keeping the constraints that have been broken so far, (c,)."""

@@ -18,8 +18,12 @@ from archsearch.config import ExecutionConfig
 from archsearch.errors import EnvironmentUnfit
 
 CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 3.0
 PROBE_SECONDS = 20.0
 PROBE = "import ray, sys; print(ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR').dashboard_url)"
+# Ray speaks gRPC, so HTTP/2: a client's first words are this text and its settings; the server's are its settings.
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+HTTP2_HEADER, HTTP2_TYPE, HTTP2_SETTINGS = 9, 3, 4
 OBJECT_STORE_BYTES = 128 * 2**20  # architectures and evaluations are a few kilobytes
 
 
@@ -114,18 +118,37 @@ def _init(**options: Any) -> Any:
 
 
 def _knock(address: str) -> None:
-    """Raise EnvironmentUnfit unless something listens at ``address``."""
+    """Raise EnvironmentUnfit unless something that may be a Ray listens at ``address``."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or "/" in address:
         raise EnvironmentUnfit(
             f"the Ray address {address!r} is not host:port", "give the address that `ray start --head` printed"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+            answers = _speaks_http2(connection)
     except (OSError, OverflowError) as error:
         raise EnvironmentUnfit(
             f"no Ray cluster answers at {address}: {error}", "start the cluster, or leave execution.address out"
         ) from error
+    if not answers:
+        raise EnvironmentUnfit(
+            f"no Ray cluster answers at {address}: what listens there is no Ray",
+            "give the address that `ray start --head` printed",
+        )
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Whether the other end answers as a gRPC server does; one that wants TLS cannot be asked like this."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return True
+    connection.settimeout(ANSWER_SECONDS)
+    try:
+        connection.sendall(HTTP2_GREETING)
+        header = connection.recv(HTTP2_HEADER, socket.MSG_WAITALL)
+    except OSError:
+        return False
+    return len(header) == HTTP2_HEADER and header[HTTP2_TYPE] == HTTP2_SETTINGS
 
 
 def _takes_jobs_from_anyone(url: str) -> bool:

@@ -13,9 +13,9 @@ from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ProxyConfig
 from archsearch.errors import ConfigError
 from archsearch.model.hybrid import HybridLM, build_model
-from archsearch.proxy import trainer
+from archsearch.proxy import step, trainer
 from archsearch.proxy.loss import token_loss
-from archsearch.proxy.trainer import NonFiniteLoss, make_optimizer, schedule, train_proxy, validation_steps
+from archsearch.proxy.trainer import NonFiniteLoss, train_proxy
 
 TINY = make_architecture(
     hidden_size=32,
@@ -44,8 +44,8 @@ def test_training_learns_text() -> None:
     assert seen[0][1] == pytest.approx(math.log(256), abs=0.2)
     assert len(seen) == 40
     assert seen[-1][0] == result.tokens == 20480
-    assert set(result.seconds) == {"data", "build", "train", "validate"}
-    assert result.paths == dict.fromkeys(["a", "f", "gd"], "torch")
+    assert set(result.seconds) == {"data", "build", "kernels", "train", "validate"}
+    assert result.paths == {"step": "eager", **dict.fromkeys(["loss", "a", "f", "gd"], "torch")}
     assert result.dtype == "float32"
     assert not result.model.training
 
@@ -68,7 +68,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_curve(monkeypatch: pytest.M
         loss = token_loss(model, hidden, targets)
         return loss * float("nan") if torch.is_grad_enabled() and next(calls) == 15 else loss
 
-    monkeypatch.setattr(trainer, "token_loss", poisoned)
+    monkeypatch.setattr(step, "token_loss", poisoned)
     with pytest.raises(NonFiniteLoss, match="after 8192 tokens") as failure:
         train_proxy(TINY, QUICK, seed=0, device="cpu")
     assert [tokens for tokens, _ in failure.value.curve] == [5120]
@@ -77,19 +77,18 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_curve(monkeypatch: pytest.M
 
 
 def test_weights_that_blow_up_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Exploding(torch.optim.SGD):
-        def step(self, closure: None = None) -> None:
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    parameter.data.mul_(1e30)
+    def explode(self: torch.optim.AdamW, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(1e30)
 
-    monkeypatch.setattr(trainer, "make_optimizer", lambda model, config: Exploding(model.parameters(), lr=1))
+    monkeypatch.setattr(torch.optim.AdamW, "step", explode)
     with pytest.raises(NonFiniteLoss):
         train_proxy(TINY, QUICK, seed=0, device="cpu")
 
 
 def test_validation_that_is_not_finite_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer._Training, "validate", lambda self, held_out: float("inf"))
+    monkeypatch.setattr(trainer._Training, "validation_loss", lambda self: float("inf"))
     with pytest.raises(NonFiniteLoss, match="after 5120 tokens"):
         train_proxy(TINY, QUICK, seed=0, device="cpu")
 
@@ -125,33 +124,6 @@ def test_small_vocabulary_is_refused() -> None:
         train_proxy(small, QUICK, seed=0, device="cpu")
 
 
-def test_only_matrices_decay() -> None:
-    model = build_model(TINY)
-    optimizer = make_optimizer(model, ProxyConfig(weight_decay=0.3))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert len(decay) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        assert decay[id(parameter)] == (0.0 if parameter.ndim < 2 else 0.3), name
-    assert decay[id(model.norm.weight)] == 0.0
-    assert decay[id(model.embed_tokens.weight)] == 0.3
-
-
-def test_schedule_rises_then_falls_to_the_final_rate() -> None:
-    rates = [schedule(index, 100, warmup=0.1, final=0.2) for index in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * (index + 1) for index in range(10)])
-    assert rates[10] == max(rates) == 1.0
-    assert rates[99] == pytest.approx(0.2)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert [schedule(0, 1, warmup, 0.1) for warmup in (0.0, 0.5)] == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("steps", "validations", "expected"), [(100, 4, [25, 50, 75, 100]), (2, 5, [1, 2]), (1, 1, [1]), (7, 2, [4, 7])]
-)
-def test_validations_are_evenly_spaced(steps: int, validations: int, expected: list[int]) -> None:
-    assert validation_steps(steps, validations) == expected
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_in_pieces_equals_the_whole(tied: bool) -> None:
     model = build_model(Architecture.model_validate({**TINY.to_dict(), "tie_embeddings": tied}))
@@ -174,6 +146,6 @@ def test_gpu_trains_in_bfloat16_and_catches_divergence(monkeypatch: pytest.Monke
     result = train_proxy(TINY, QUICK, seed=0, device="cuda")
     assert result.dtype == "bfloat16"
     assert result.loss < 3.4
-    monkeypatch.setattr(trainer, "token_loss", lambda *inputs: token_loss(*inputs) * float("nan"))
+    monkeypatch.setattr(step, "token_loss", lambda *inputs: token_loss(*inputs) * float("nan"))
     with pytest.raises(NonFiniteLoss):
         train_proxy(TINY, QUICK, seed=0, device="cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from tests.kits.executor_kit import EVERY_DIGIT, ExecutorKit, Start, architectur
 from tests.search.fakes import FakeEvaluator, FaultyEvaluator, Tagged
 
 prepare_environment()
+
+import ray  # noqa: E402
 
 from archsearch.search.ray_executor import RayExecutor, plan_slots  # noqa: E402
 
@@ -196,6 +199,30 @@ def test_an_address_where_nothing_answers_is_refused(address: str) -> None:
         ray_cluster._attach(address, allow_insecure=False)
     assert address in error.value.cause
     assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH", b""])
+def test_a_listener_that_is_no_ray_is_refused_before_ray_is_asked(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "_probe", lambda address: pytest.fail("Ray was asked"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1024)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(EnvironmentUnfit, match="no Ray cluster answers") as error:
+            ray_cluster._attach(address, allow_insecure=False)
+    assert address in error.value.cause
+
+
+def test_a_ray_answers_as_one(ray_session: Cluster) -> None:
+    ray_cluster._knock(ray.get_runtime_context().gcs_address)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from archsearch.config import load_config
 from archsearch.errors import ArchsearchError, ConfigError, RunInUse, StorageError, UsageError
 from archsearch.evaluation import Evaluation, Outcome
 from archsearch.search import filesystem
@@ -34,6 +35,22 @@ def test_create_writes_what_open_reads(folder: RunFolder) -> None:
     assert found.environment == {"python": "3"}
     assert found.trials.is_dir()
     assert found.weights.is_dir()
+
+
+def test_a_run_with_seeds_from_files_opens_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = {"hidden_size": 64, "operators": "a f", "options": {"a": {"head_dim": 32}}}
+    (tmp_path / "seed.yaml").write_text(json.dumps({"vocab_size": 512, **seed}))
+    stage = {"name": "only", "mixers": ["a", "d"], "blocks": [1, 2]}
+    space = {"hidden_size": 64, "vocab_size": 256, "stages": [stage], "options": {"a": {"head_dim": 32}}}
+    (tmp_path / "space.yaml").write_text(json.dumps({"space": {**space, "seeds": ["seed.yaml"]}}))
+    monkeypatch.chdir(tmp_path)
+    config = load_config("space.yaml")
+    RunFolder.create("run", config)
+    monkeypatch.chdir("/")
+    (tmp_path / "seed.yaml").unlink()
+    found = RunFolder.open(tmp_path / "run").config
+    assert found == config
+    assert found.space.seed_genomes == ({"only.mixers": "a", "only.blocks": 1},)
 
 
 def test_create_refuses_a_folder_with_something_in_it(folder: RunFolder) -> None:

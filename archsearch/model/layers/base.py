@@ -32,6 +32,15 @@ class Layer(nn.Module):
     residual: ClassVar[str]
     """Name of the projection whose output is added to the residual stream."""
 
+    internal: ClassVar[tuple[str, ...]] = ()
+    """Names of projections between inner features, which neither read nor write the residual stream."""
+
+    def stream_matrices(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights of the projections that read the residual stream, and of the one that writes to it."""
+        linears = {name: part.weight for name, part in self.named_modules() if isinstance(part, nn.Linear)}
+        reading = [weight for name, weight in linears.items() if name not in (self.residual, *self.internal)]
+        return reading, [linears[self.residual]]
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, hidden] to [B, T, hidden]."""
         return self.sequence(x, None) if self.path == "torch" else self.fused(x, None)

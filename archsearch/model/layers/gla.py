@@ -23,6 +23,7 @@ class GLA(Layer):
     """
 
     residual: ClassVar[str] = "o_proj"
+    internal: ClassVar[tuple[str, ...]] = ("gk_proj.1",)
     paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
     kernels: ClassVar[str] = "fla chunk_gla"
 

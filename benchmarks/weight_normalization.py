@@ -1,0 +1,142 @@
+"""Weight normalization against none: attention, DeltaNet and Mamba-2 models of 30 M parameters, several seeds.
+
+Both sides train at the learning rate 1e-3, as in the paper's ablation: with AdamW and its weight decay, and with
+Adam without decay and unit rows and columns after every step. Same data order and same first weights, but for
+the projection, at equal seed. Rows that the JSON file holds already are not trained again.
+
+    python benchmarks/weight_normalization.py --json results.json --seeds 0 1 2
+    python benchmarks/weight_normalization.py --json results.json --show --picture results.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from archsearch.architecture import Architecture, make_architecture
+from archsearch.config import ProxyConfig
+
+HIDDEN = 512
+MODELS = {"attention": ("a", 9), "DeltaNet": ("d", 9), "Mamba-2": ("m2", 8)}
+"""Mixer, and how many of it, an FFN of ratio 3 behind each."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "AdamW": {"weight_decay": 0.1},
+    "weight normalization": {"weight_decay": 0.0, "weight_normalization": True},
+}
+
+
+def architecture(model: str, vocabulary: int) -> Architecture:
+    """A pure model: one kind of mixer."""
+    kind, count = MODELS[model]
+    options = {"a": {"head_dim": 64}, "d": {"head_dim": 128}, "m2": {"head_dim": 64, "state": 128}}
+    return make_architecture(
+        hidden_size=HIDDEN,
+        vocab_size=vocabulary,
+        operators=" ".join([f"{kind} f"] * count),
+        options={kind: options[kind], "f": {"ratio": 3}},
+        tie_embeddings=False,
+    )
+
+
+def train(model: str, recipe: str, seed: int, config: ProxyConfig, vocabulary: int) -> dict[str, Any]:
+    """One training as a row."""
+    import torch
+
+    from archsearch.proxy.trainer import train_proxy
+
+    candidate = architecture(model, vocabulary)
+    config = config.model_copy(update=RECIPES[recipe])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    begin = time.perf_counter()
+    found = train_proxy(candidate, config, seed=seed, device=device)
+    return {
+        "model": model,
+        "recipe": recipe,
+        "seed": seed,
+        "parameters": candidate.parameters,
+        "loss": found.loss,
+        "curve": found.curve,
+        "tokens": found.tokens,
+        "tokens_per_second": found.tokens_per_second,
+        "seconds": time.perf_counter() - begin,
+        "phases": found.seconds,
+        "paths": found.paths,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "config": config.model_dump(mode="json", exclude_defaults=True),
+        "vocabulary": vocabulary,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A line a model: mean losses, and the mean of the paired differences with the spread between seeds."""
+    for model in MODELS:
+        losses = {(row["recipe"], row["seed"]): row["loss"] for row in rows if row["model"] == model}
+        plain, normal = RECIPES
+        seeds = sorted(seed for recipe, seed in losses if recipe == plain and (normal, seed) in losses)
+        if not seeds:
+            continue
+        gains = [losses[plain, seed] - losses[normal, seed] for seed in seeds]
+        means = [statistics.fmean(losses[recipe, seed] for seed in seeds) for recipe in RECIPES]
+        spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
+        print(
+            f"{model:10} {means[0]:.4f} ▶ {means[1]:.4f} nats, perplexity {math.exp(means[0]):.3f} ▶ "
+            f"{math.exp(means[1]):.3f}, gain {statistics.fmean(gains):+.4f}{spread} nats over {len(gains)} seeds"
+        )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The gain over the course of training, a panel a model, a line a seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(MODELS), sharey=True)
+    curves = {(row["model"], row["recipe"], row["seed"]): row["curve"] for row in rows}
+    for panel, model in zip(panels, MODELS, strict=True):
+        plain, normal = RECIPES
+        for _, _, seed in sorted(key for key in curves if key[:2] == (model, normal)):
+            pairs = zip(curves.get((model, plain, seed), []), curves[model, normal, seed], strict=False)
+            gains = [(tokens / 1e6, loss - other) for (tokens, loss), (_, other) in pairs]
+            panel.plot(*zip(*gains, strict=True), marker="o", markersize=3, label=f"seed {seed}")
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set(title=model, xlabel="million tokens")
+    panels[0].set_ylabel("gain of weight normalization [nats]")
+    panels[0].legend(frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--show", action="store_true", help="only show what there is")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--vocabulary", type=int, default=256)
+    parser.add_argument("--data", default="builtin:python")
+    parser.add_argument("--tokens", type=int, default=50_003_968)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--context", type=int, default=1024)
+    args = parser.parse_args()
+    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    config = ProxyConfig(
+        data=args.data, tokens=args.tokens, batch=args.batch, context=args.context, learning_rate=1e-3, validations=10
+    )
+    done = {(row["model"], row["recipe"], row["seed"]) for row in rows}
+    wanted = [(model, recipe, seed) for seed in args.seeds for model in args.models for recipe in RECIPES]
+    for key in [] if args.show else [key for key in wanted if key not in done]:
+        rows.append(train(*key, config, args.vocabulary))
+        row = rows[-1]
+        print(*key, f"loss {row['loss']:.4f}, {row['seconds']:.1f} s", row["phases"], flush=True)
+        args.json.write_text(json.dumps(rows) + "\n")
+    show(rows)
+    if args.picture:
+        draw(rows, args.picture)
+
+
+if __name__ == "__main__":
+    main()
