@@ -170,15 +170,15 @@ def ssd_chunked(c: Tensor, b: Tensor, x: Tensor, decay: Tensor) -> Mixed:
 
 
 SCAN = 16
-"""Tokens a chunk of ``selective_scan_chunked``, which walks through all chunks at once, then from chunk to chunk."""
+"""Tokens a chunk of ``selective_scan_chunked``."""
 
 
 @full_precision
 def selective_scan_chunked(c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor) -> Mixed:
     """Mamba's selective state-space model over sequences from an empty state (arXiv 2312.00752).
 
-    Every channel has its own decays, so there are no large products: each chunk is stepped through from an empty
-    state, all of them at once, and what came before a chunk is added.
+    Every channel has its own decays, so there are no large products. All chunks are stepped through at once, twice:
+    from an empty state, for what each adds to the state, and then from the state before each.
 
     Args:
         c: [B, T, N].
@@ -188,22 +188,24 @@ def selective_scan_chunked(c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Te
         rate: [D, N], A (negative).
     """
     length = x.shape[1]
-    # with time first: [size, B, chunks, ...]
     c, b, x, dt = (_scan_chunks(t) for t in (c, b, x, dt))
-    c, added = c[..., None], (x * dt)[..., None] * b[..., None, :]
-    state, within = torch.zeros_like(added[0]), []
-    for t in range(SCAN):
-        state = state * (dt[t, ..., None] * rate).exp() + added[t]
-        within.append((state @ c[t])[..., 0])
-    faded = dt.cumsum(0)[..., None] * rate
-    before, last = _carry(state[:, None], faded[-1].exp()[:, None])
-    across = ((before[:, 0] * faded.exp()) @ c)[..., 0]
-    return (torch.stack(within) + across).movedim(0, 2).flatten(1, 2)[:, :length], last[:, 0]
+    kept = [(step[..., None] * rate).exp() for step in dt]
+    added = [(value * step)[..., None] * write[..., None, :] for value, step, write in zip(x, dt, b, strict=True)]
+    state = torch.zeros_like(added[0])
+    for new, old in zip(added, kept, strict=True):
+        state = torch.addcmul(new, state, old)
+    whole = (torch.stack(dt).sum(0)[..., None] * rate).exp()
+    before, last = _carry(state[:, None], whole[:, None])
+    state, output = before[:, 0], []
+    for new, old, read in zip(added, kept, c, strict=True):
+        state = torch.addcmul(new, state, old)
+        output.append((state @ read[..., None])[..., 0])
+    return torch.stack(output, 2).flatten(1, 2)[:, :length], last[:, 0]
 
 
-def _scan_chunks(x: Tensor) -> Tensor:
-    """[B, T, D] to [SCAN, B, chunks, D], padded with zeros, which change nothing."""
-    return F.pad(x, (0, 0, 0, -x.shape[1] % SCAN)).unflatten(1, (-1, SCAN)).movedim(2, 0)
+def _scan_chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """[B, T, D] to SCAN tokens [B, chunks, D], padded with zeros, which change nothing."""
+    return F.pad(x, (0, 0, 0, -x.shape[1] % SCAN)).unflatten(1, (-1, SCAN)).unbind(2)
 
 
 def _chunk_size(length: int) -> int:

@@ -22,6 +22,7 @@ class KDA(DeltaRule):
     """
 
     kernels: ClassVar[str] = "fla chunk_kda"
+    internal: ClassVar[tuple[str, ...]] = ("f_proj.1", "g_proj.1")
 
     def __init__(self, config: operators.KDA, hidden_size: int, norm_eps: float = 1e-6) -> None:
         heads, value_dim, rank = config.n_heads(hidden_size), config.value_dim(), config.rank()

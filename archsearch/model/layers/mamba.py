@@ -25,6 +25,7 @@ class Mamba(Layer):
     """
 
     residual: ClassVar[str] = "out_proj"
+    internal: ClassVar[tuple[str, ...]] = ("x_proj", "dt_proj")
     paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
     kernels: ClassVar[str] = "mamba-ssm selective_scan_cuda"
 

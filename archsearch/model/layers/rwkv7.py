@@ -43,6 +43,7 @@ class RWKV7(Layer):
     """
 
     residual: ClassVar[str] = "o_proj"
+    internal: ClassVar[tuple[str, ...]] = ("w_lora.lora.2", "a_lora.lora.2", "g_lora.lora.2")
     paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
     kernels: ClassVar[str] = "fla chunk_rwkv7"
     inputs: ClassVar[str] = "rwkvag"
