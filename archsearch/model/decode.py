@@ -17,7 +17,7 @@ from archsearch.errors import EnvironmentUnfit, UsageError
 from archsearch.model.hybrid import DecodeState, HybridLM, Residual
 from archsearch.model.kernels import TORCH, TRITON, Kernels
 from archsearch.model.kernels.chains import build_chain
-from archsearch.model.kernels.projection import Norm, head_parts
+from archsearch.model.kernels.projection import Norm, head_parts, kernel_count
 from archsearch.model.kernels.workspace import Chain, Workspace
 
 WARM_UP = 3
@@ -138,12 +138,15 @@ class DecodePlan:
     @property
     def kernels(self) -> dict[str, int]:
         """Kernels of one operator of each kind, and of ``head`` (head, choice and look-up)."""
-        return {chain.kind: len(chain.launches) for chain in (*self.chains, self._end)}
+        return {chain.kind: self._count(chain) for chain in (*self.chains, self._end)}
 
     @property
     def kernels_per_token(self) -> int:
         """Kernels of one step."""
-        return sum(len(chain.launches) for chain in (*self.chains, self._end))
+        return sum(self._count(chain) for chain in (*self.chains, self._end))
+
+    def _count(self, chain: Chain) -> int:
+        return sum(kernel_count(launch, self.batch) for launch in chain.launches)
 
     @property
     def plain(self) -> set[str]:
