@@ -72,9 +72,9 @@ class Guide:
         """The finished rows to learn from; many are taken in at once where many are known or many run."""
         rows = history.learned
         wanted = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
-        # A power of two: as the number of running trials goes up and down, the same rows are learned from.
-        stride = 1 << (wanted.bit_length() - 1)
-        return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
+        # Powers of two: as the number of running trials goes up and down, the same rows are learned from.
+        stride = _power_of_two(wanted)
+        return rows[: len(rows) - len(rows) % stride or _power_of_two(len(rows))]
 
     def _fit(self, name: str, history: History, rows: Codes, values: Floats) -> Surrogate:
         model = self._models.setdefault(name, Surrogate(self._genes, self.descriptors))
@@ -105,7 +105,7 @@ class Guide:
         model, expected = self._fit(name, history, done, values), self._expected[name]
         new = [row for row in rows.tolist() if row not in expected]
         if new:
-            expected.update(zip(new, model.predict(history.codes[new])[0].tolist(), strict=True))
+            expected.update(zip(new, model.expect(history.codes[new]).tolist(), strict=True))
         return np.array([expected[row] for row in rows.tolist()])
 
     def _feasibility(self, history: History, done: Codes, candidates: Codes) -> Floats:
@@ -117,6 +117,11 @@ class Guide:
                 mean, std = self._fit(f"constraint {index}", history, rows, column[rows]).predict(candidates)
                 probability *= ndtr(-mean / np.maximum(std, 1e-12))
         return probability
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above ``number``."""
+    return 1 << (number.bit_length() - 1)
 
 
 def _conditioning(values: Floats) -> Codes:
