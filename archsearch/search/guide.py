@@ -16,6 +16,7 @@ from archsearch.search.surrogate import Surrogate
 
 MOST_ROWS = 300  # results that a prediction is conditioned on
 MOST_PENDING = 256
+PENDING_BATCHES = 64  # of running trials whose objectives are expected together
 REFIT_GROWTH = 250  # results after which the models are refitted one result later
 REFIT_RUNNING = 8  # the same for trials that run
 MARGIN = 0.1  # of the reference point beyond the worst result, as a fraction of the range
@@ -96,7 +97,10 @@ class Guide:
 
     def _pending(self, history: History, done: Codes) -> Floats:
         """What running trials are expected to give, so that their like is not proposed again beside them."""
-        rows = np.flatnonzero(history.running)[-MOST_PENDING:]
+        rows = np.flatnonzero(history.running)
+        # The more run, the less the newest few matter; predicting them together saves most of the time.
+        batch = _power_of_two(1 + len(rows) // PENDING_BATCHES)
+        rows = rows[rows < len(history.numbers) - len(history.numbers) % batch][-MOST_PENDING:]
         columns = [self._expect(str(k), history, done, v, rows) for k, v in enumerate(history.values[done].T)]
         return np.stack(columns, axis=1)
 
