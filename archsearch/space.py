@@ -148,7 +148,7 @@ class SearchSpace(Frozen):
             InvalidArchitecture: it cannot exist (a head dim that does not divide the width) or breaks a limit.
         """
         chosen = self._complete(genome)
-        kinds = self._kinds(chosen)
+        kinds = self.kinds(chosen)
         if not kinds:
             raise InvalidArchitecture("the genome has no operators", "allow at least one block")
         options = {kind: {n: chosen[f"{kind}.{n}"] for n in self.options.get(kind, {})} for kind in set(kinds)}
@@ -177,7 +177,7 @@ class SearchSpace(Frozen):
                 raise InvalidArchitecture(f"the space has no {name} = {value!r}", "use a genome of this space")
         return {name: genome.get(name, values[0]) for name, values in self.factors.items()}
 
-    def _kinds(self, chosen: Mapping[str, Any]) -> list[str]:
+    def kinds(self, chosen: Mapping[str, Any]) -> list[str]:
         """The flat list of kinds; over the operator limit the last stage loses blocks (paper, App. C.1)."""
         parts = []
         for stage in self.stages:

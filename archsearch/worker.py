@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import time
@@ -32,7 +33,30 @@ if TYPE_CHECKING:
     from archsearch.proxy.rungs import Judge
     from archsearch.proxy.trainer import ProxyResult
 
+EPOCHS = 4
+"""Up to here repeated text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+log = logging.getLogger(__name__)
 _CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Tokenise the corpus, or find it in the cache, before the first candidate asks for it.
+
+    What is wrong with the data then stops the run at once, and workers need not wait for each other.
+    A cluster's nodes have their own disks, so nothing is done for an address.
+
+    Raises:
+        ArchsearchError: as ``load_corpus`` does.
+    """
+    from archsearch.proxy.data import load_corpus
+
+    if "loss" not in config.search.objectives or config.execution.address is not None:
+        return
+    corpus = load_corpus(config.proxy, config.space.vocab_size)
+    epochs = config.proxy.tokens / len(corpus.train)
+    if epochs > EPOCHS:
+        text = "%s: proxy.tokens is %.1f epochs of its %s training tokens, and repeats above %d teach little"
+        log.warning(text, corpus.name, epochs, f"{len(corpus.train):,}", EPOCHS)
 
 
 class ProxyEvaluator:
@@ -78,6 +102,7 @@ class ProxyEvaluator:
         record.objectives = {name: record.objectives[name] for name in objectives}
 
     def _train(self, record: _Record, device: torch.device, stopping: StoppingRule | None) -> None:
+        from archsearch.proxy.data import load_corpus
         from archsearch.proxy.rungs import Judge, Stopped
 
         judge = Judge(self.config.proxy, record.objectives, stopping)
@@ -90,6 +115,9 @@ class ProxyEvaluator:
         if path is not None:
             with record.phase("save"):
                 save_weights(result.model, path)
+                corpus = load_corpus(self.config.proxy, record.architecture.vocab_size)
+                if corpus.tokenizer is not None:
+                    corpus.tokenizer.save(path.parent)
 
 
 _ended: float | None = None
@@ -152,6 +180,7 @@ def classify(error: Exception) -> Outcome:
 
     from archsearch.latency.device import DoesNotFit
     from archsearch.latency.validity import InvalidMeasurement
+    from archsearch.model.self_check import WrongKernels
     from archsearch.proxy.rungs import Stopped
     from archsearch.proxy.trainer import NonFiniteLoss
 
@@ -159,6 +188,7 @@ def classify(error: Exception) -> Outcome:
         (Stopped, Outcome.STOPPED),
         (InvalidArchitecture, Outcome.INFEASIBLE),
         (InvalidMeasurement, Outcome.INVALID_MEASUREMENT),
+        (WrongKernels, Outcome.INVALID_MEASUREMENT),
         (NonFiniteLoss, Outcome.NAN),
         (DoesNotFit, Outcome.OOM),
         (MemoryError, Outcome.OOM),
@@ -236,22 +266,29 @@ def _recall(record: _Record, config: RunConfig, device: torch.device) -> None:
 def _train(
     record: _Record, config: RunConfig, device: torch.device, judge: Judge, checkpoint: Path | None
 ) -> ProxyResult:
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.checkpoint import UnfitCheckpoint
+    from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
     options: dict[str, Any] = {"seed": record.seed, "device": device, "seconds": record.seconds}
     options |= {"rungs": judge.rungs, "keep_going": judge, "checkpoint": checkpoint}
-    try:
-        result = train_proxy(record.architecture, config.proxy, **options)
-    except UnfitCheckpoint as error:
-        assert checkpoint is not None
-        record.metrics["checkpoint"] = f"not used: {error.cause}"
-        checkpoint.unlink()
-        result = train_proxy(record.architecture, config.proxy, **options)
+    with sharing(device) as give_way:  # measurements in other processes pass when the training looks up
+        options["on_progress"] = lambda tokens, loss: give_way()
+        try:
+            result = train_proxy(record.architecture, config.proxy, **options)
+        except UnfitCheckpoint as error:
+            assert checkpoint is not None
+            record.metrics["checkpoint"] = f"not used: {error.cause}"
+            checkpoint.unlink()
+            result = train_proxy(record.architecture, config.proxy, **options)
+    corpus = load_corpus(config.proxy, record.architecture.vocab_size)
     record.curve = result.curve
     record.paths |= result.paths
     record.metrics |= {
         "perplexity": math.exp(min(result.loss, 700.0)),
+        "bits_per_byte": corpus.bits_per_byte(result.loss),
+        "corpus": corpus.digest,
         "proxy_tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
         "proxy_dtype": result.dtype,

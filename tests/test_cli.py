@@ -256,14 +256,27 @@ def test_train_and_latency(command: Command) -> None:
     code, out, _ = command(*words)
     assert code == 0
     assert f"loss {result['loss']:.4f} nats" in out
-    sizes = ["tokens=16", "strata=1", "steps=4", "repeats=1"]
-    words = ["latency", "small.yaml", *(word for size in sizes for word in ("--set", f"latency.{size}"))]
-    result = data(command(*words, "--json", "--device", "cpu"), "latency")
-    assert result["seconds"] > 0
-    assert result["tokens"] == 16
-    code, out, _ = command(*words)
+
+
+def test_latency(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("archsearch.latency.prefill.LENGTHS", (16,))
+    monkeypatch.setattr("archsearch.latency.throughput.CPU_SECONDS", 0.1)
+    Path("small.yaml").write_text(
+        "{hidden_size: 16, vocab_size: 256, operators: d a, options: {a: {head_dim: 8}, d: {head_dim: 8}}}"
+    )
+    words = ["latency", "small.yaml", "--tokens", "16", "--context", "20", "--device", "cpu", "--dtype", "bfloat16"]
+    words += ["--batch", "2", "--set", "latency.strata=1", "--set", "latency.steps=4"]
+    result = data(command(*words, "--json"), "latency")
+    decode = result["decode"]
+    assert decode["seconds"] > 0
+    assert (decode["tokens"], decode["batch"], decode["dtype"]) == (16, 2, "bfloat16")
+    assert result["throughput"]["context"] == 20
+    assert result["prefill"]["measured"][0]["batch"] == 2
+    code, out, err = command(*words)
     assert code == 0
-    assert "ms a token" in out
+    for said in ("ms a token", "of the floor", "memory: weights", "to the first token", "tokens/s", "note: on a CPU"):
+        assert said in out
+    assert err.splitlines() == ["decode", "prefill", "throughput"]
 
 
 def test_init_writes_a_space_that_runs(command: Command) -> None:
@@ -279,6 +292,12 @@ def test_doctor(command: Command) -> None:
     assert {"python", "torch", "sqlite", "ray", "disk", "operator a", "operator m2"} <= checks.keys()
     assert all(check["status"] in ("ok", "warn") for check in checks.values())
     assert "off by" in checks["operator gd"]["detail"]
+
+
+def test_doctor_tunes_no_kernels_without_a_gpu(command: Command) -> None:
+    code, _, err = command("doctor", "--tune")
+    assert code == 4
+    assert "no NVIDIA GPU to tune kernels for" in err
 
 
 def test_doctor_fails_where_a_check_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

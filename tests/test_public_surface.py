@@ -22,10 +22,11 @@ COMMANDS = {
     "inspect": "--csv --json --noise --trial --why RUN",
     "export": "--format --json --to --trial RUN",
     "train": "--device --json --seed --set --space ARCH",
-    "latency": "--device --json --set --space ARCH",
+    "latency": "--batch --context --device --dtype --exact --json --set --space --tokens ARCH",
+    "data": "--json --set --space --tokenizer --vocab-size [SOURCE]",
     "validate": "--json FILE",
     "init": "--json FILE",
-    "doctor": "--json",
+    "doctor": "--json --tune",
     "validate-proxy": "--architectures --correlation --json --long --out --seeds --set --short --space",
     "scaling": "--block --budgets --depths --json --latencies --metric --out --set --space --widths",
 }
@@ -34,9 +35,10 @@ CONFIG = {
     "space.stages": "blocks ffns layout mixers name pattern ratio",
     "space.limits": "decode_latency full_attention operators parameters recall state_bytes state_context",
     "search": "aging evaluations objectives sampler seed stop_after stop_epsilon stopping",
-    "proxy": "batch beta1 beta2 clip context cooldown cuda_graph data dtype final_rate kernels learning_rate recall "
-    "rungs schedule tokens validation_tokens validations warmup weight_decay weight_normalization",
-    "latency": "batch dtype repeats steps strata tokens",
+    "proxy": "batch beta1 beta2 clip context cooldown corpus_tokens cuda_graph data dtype final_rate kernels "
+    "learning_rate recall rungs schedule split text_field token_dtype tokenizer tokens validation_tokens validations "
+    "warmup weight_decay weight_normalization",
+    "latency": "batch dtype others repeats steps strata tokens",
     "search.stopping": "confidence minimum",
     "proxy.recall": "batch context learning_rate pairs seeds test_sequences tokens vocab_size",
     "execution": "address allow_insecure_ray deadline device executor failure_minimum failure_rate grace "

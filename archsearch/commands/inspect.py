@@ -211,7 +211,7 @@ def print_trial(candidate: Candidate) -> None:
         paths = ", ".join(f"{name} {value}" for name, value in evaluation.paths.items())
         rungs = ", ".join(f"{rung.objectives['loss']:.4f} at {rung.tokens:,}" for rung in evaluation.rungs)
         facts |= {"curve": curve, "rungs": rungs, "seconds": seconds, "paths": paths, "device": evaluation.device}
-        facts |= {"seed": evaluation.seed}
+        facts |= {"seed": evaluation.seed, "bits per byte": evaluation.metrics.get("bits_per_byte")}
     console = stdout()
     for name, value in facts.items():
         if value not in (None, "", {}):

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig, RecallConfig
 from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.model.training_path import prepare
 from archsearch.proxy.optimizer import make_optimizer
+from archsearch.proxy.result import NonFiniteLoss
 from archsearch.proxy.schedule import learning_rate
-from archsearch.proxy.trainer import NonFiniteLoss, _dtype, _kernels
+from archsearch.proxy.trainer import _dtype
 
 FILLER = 0
 IGNORED = -100
@@ -129,9 +131,9 @@ def _train(
     recall = config.recall
     config = config.model_copy(update={"learning_rate": recall.learning_rate})
     model = build_model(architecture.model_copy(update={"vocab_size": recall.vocab_size}), seed, device)
-    model.use(_kernels(config.kernels, device))
-    optimizer = make_optimizer(model, config)
     dtype = _dtype(config.dtype, device)
+    prepare(model, config.kernels, device, dtype)
+    optimizer = make_optimizer(model, config)
     steps = math.ceil(recall.tokens / (recall.batch * recall.context))
     checks = {math.ceil(steps * (point + 1) / CHECKS) for point in range(CHECKS)}
     curve: list[tuple[int, float]] = []

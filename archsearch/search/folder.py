@@ -6,7 +6,7 @@
     environment.json    the machine and the packages
     study.db            the Optuna study
     trials/0042.json    the Evaluation of trial 42
-    weights/<id>.safetensors    proxy weights of the front
+    weights/<id>.safetensors    proxy weights of the front, and the tokenizer beside them
     checkpoints/<id>.safetensors    of a candidate in training, from its last rung; only with proxy.rungs
     run.lock            held by the process that writes
 
