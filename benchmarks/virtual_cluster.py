@@ -59,7 +59,7 @@ class VirtualCluster:
         """Virtual seconds since the start, the driver's present thought included."""
         return self._clock + time.process_time() - self._handed_over
 
-    def submit(self, key: int, architecture: Architecture, seed: int) -> None:
+    def submit(self, key: int, architecture: Architecture, seed: int, stopping: object = None) -> None:
         """Draw how long it will take."""
         now, load = self.clock, self._load
         # Mean of a log-normal distribution: exp(mu + sigma^2 / 2).

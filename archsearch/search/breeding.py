@@ -161,7 +161,7 @@ def mutation_weights(history: History) -> Floats:
         history: with the parents that the driver recorded; without them all rates are equal.
     """
     done = np.zeros(len(history.numbers), dtype=bool)
-    done[history.finished] = True
+    done[history.learned] = True
     children = np.flatnonzero(done & (history.parents >= 0))
     children = children[done[history.parents[children]]][-RECENT:]
     parents = history.parents[children]
