@@ -230,6 +230,22 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def imports() -> dict[str, float]:
+    """Seconds that fresh processes with torch take to import the library's layers, and what we use of it."""
+    ours_alone = """
+from archsearch.model.fla_library import load
+for name in ("gla", "delta_rule", "gated_delta_rule", "simple_gla"):
+    load(f"fla.ops.{name}.chunk")
+"""
+    found = {}
+    for name, code in (("fla.layers", "import fla.layers"), ("the operators that we use", ours_alone)):
+        timing = f"import time, torch\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
+        command = [sys.executable, "-W", "ignore", "-c", timing]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = float(done.stdout.splitlines()[-1])
+    return found
+
+
 def startup_one(kind: str, hidden: int) -> dict[str, Any]:
     """In a fresh process: seconds until torch and archsearch are imported, and until the first step is done."""
     start = time.perf_counter()
@@ -246,7 +262,8 @@ def startup_one(kind: str, hidden: int) -> dict[str, Any]:
 
 def startup(kinds: list[str], hidden: int) -> dict[str, Any]:
     """All kinds at once in fresh processes, on an empty cache, then on the one that this left."""
-    found: dict[str, Any] = {"hidden": hidden}
+    found: dict[str, Any] = {"hidden": hidden, "imports_s": imports()}
+    print("imports after torch: " + ", ".join(f"{name} {value:.1f} s" for name, value in found["imports_s"].items()))
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
         for state in ("cold", "warm"):
