@@ -113,6 +113,12 @@ def theirs(kind: str, hidden: int) -> torch.nn.Module | None:
     if kind == "gd":
         layer = fla.layers.GatedDeltaNet(hidden_size=hidden, head_dim=128, num_heads=heads, expand_v=1, norm_eps=1e-6)
         return layer.cuda()
+    if kind == "kda":
+        return fla.layers.KimiDeltaAttention(hidden_size=hidden, num_heads=heads, norm_eps=1e-6).cuda()
+    if kind == "r7":
+        return fla.layers.RWKV7Attention(hidden_size=hidden, layer_idx=0, num_hidden_layers=24).cuda()
+    if kind == "hg":
+        return fla.layers.HGRN2Attention(hidden_size=hidden, norm_eps=1e-6).cuda()
     if kind == "gl":
         return fla.layers.GatedLinearAttention(hidden_size=hidden, num_heads=hidden // 256, norm_eps=1e-6).cuda()
     if kind == "f":
