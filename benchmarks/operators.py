@@ -7,8 +7,8 @@ apart. Each row also says how far output and gradients are from the plain-torch 
     python benchmarks/operators.py --json operators.json
     python benchmarks/operators.py --startup --json startup.json
 
-Their kernels are tuned in full by Triton, which takes minutes at each width; the side ``full`` does the same
-to ours, to show what the shipped configurations cost. ``--startup`` times fresh processes, one a kind and all
+Kernels that both use run with the same shipped configurations; what else theirs use is tuned in full. The side
+``full`` tunes all of ours at each width, which takes minutes, to show what the shipped configurations cost. ``--startup`` times fresh processes, one a kind and all
 at once, to the end of their first step: with an empty cache, and again with what that left.
 """
 
@@ -106,6 +106,10 @@ def theirs(kind: str, hidden: int) -> torch.nn.Module | None:
         fla_library.load("mamba_ssm.ops.triton.ssd_combined")  # whose package cannot be imported without its extension
     import fla.layers
     from fla.modules.mlp import GatedMLP
+
+    from archsearch.model import tuned
+
+    tuned.install()
 
     heads = hidden // 128
     if kind == "d":
