@@ -279,7 +279,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formula", choices=sorted(FORMULAS), help="an invented 26-gene space instead of a table")
     parser.add_argument("--objectives", default="", help="columns, all minimised, separated by commas")
     parser.add_argument("--genes", default="", help="gene columns or patterns; default: the first columns")
-    parser.add_argument("--algorithms", default=",".join(ALGORITHMS), help="or variants of --ablation; empty: join records only")
+    parser.add_argument(
+        "--algorithms", default=",".join(ALGORITHMS), help="or variants of --ablation; empty: join records only"
+    )
     parser.add_argument("--evaluations", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
