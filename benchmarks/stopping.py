@@ -40,7 +40,7 @@ from archsearch.search.loop import Search
 from archsearch.search.pareto import crowding_distances, front, non_domination_ranks
 from archsearch.search.rungs import Rungs
 from archsearch.stopping import LOSS, Line, StoppingRule, Verdict
-from benchmarks.search import NAMES, Table, TableSpace, load_table
+from benchmarks.tables import NAMES, Table, TableSpace, load_table
 
 WHOLE = 16_000
 """Tokens that stand for a full training; one step is 8."""
