@@ -44,7 +44,11 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "w": {"head_dim": 128, "kv_heads": 2, "window": 1024},
     "d": {},
     "gd": {},
+    "kda": {},
     "gl": {},
+    "r7": {},
+    "hg": {},
+    "m": {},
     "m2": {},
     "f": {},
 }
