@@ -17,7 +17,7 @@ from archsearch.errors import EnvironmentUnfit, UsageError
 from archsearch.model.hybrid import DecodeState, HybridLM, Residual
 from archsearch.model.kernels import TORCH, TRITON, Kernels
 from archsearch.model.kernels.chains import build_chain
-from archsearch.model.kernels.projection import Norm, head_parts
+from archsearch.model.kernels.projection import Norm, head_parts, kernel_count
 from archsearch.model.kernels.workspace import Chain, Workspace
 
 WARM_UP = 3
@@ -107,10 +107,12 @@ class DecodePlan:
     def load(self, state: DecodeState, token: Tensor) -> None:
         """Go on from ``state``, as ``HybridLM.prefill`` or ``begin`` left it, with ``token`` [B].
 
+        A state of one sequence becomes that of all.
+
         Raises:
             UsageError: a state of another batch or capacity.
         """
-        if (state.batch, state.capacity) != (self.batch, self.capacity):
+        if state.batch not in (1, self.batch) or state.capacity != self.capacity:
             mismatch = f"a state of {state.batch} x {state.capacity} for a plan of {self.batch} x {self.capacity}"
             raise UsageError(mismatch, "allocate the state with the plan's batch and length")
         self._copy(state)
@@ -136,12 +138,15 @@ class DecodePlan:
     @property
     def kernels(self) -> dict[str, int]:
         """Kernels of one operator of each kind, and of ``head`` (head, choice and look-up)."""
-        return {chain.kind: len(chain.launches) for chain in (*self.chains, self._end)}
+        return {chain.kind: self._count(chain) for chain in (*self.chains, self._end)}
 
     @property
     def kernels_per_token(self) -> int:
         """Kernels of one step."""
-        return sum(len(chain.launches) for chain in (*self.chains, self._end))
+        return sum(self._count(chain) for chain in (*self.chains, self._end))
+
+    def _count(self, chain: Chain) -> int:
+        return sum(kernel_count(launch, self.batch) for launch in chain.launches)
 
     @property
     def plain(self) -> set[str]:
@@ -200,6 +205,11 @@ class DecodeGraph:
             for _ in range(self.steps):
                 self.plan.step()
 
+    @property
+    def kernels(self) -> dict[str, int]:
+        """See ``DecodePlan.kernels``."""
+        return self.plan.kernels
+
     def begin(self) -> None:
         """See ``DecodePlan.begin``."""
         self.plan.begin()
@@ -207,6 +217,10 @@ class DecodeGraph:
     def feed(self, token: Tensor) -> None:
         """See ``DecodePlan.feed``."""
         self.plan.feed(token)
+
+    def load(self, state: DecodeState, token: Tensor) -> None:
+        """See ``DecodePlan.load``."""
+        self.plan.load(state, token)
 
     def seek(self, tokens: int) -> None:
         """See ``DecodePlan.seek``."""
