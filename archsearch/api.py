@@ -24,7 +24,7 @@ from archsearch.config import RunConfig, load_config
 from archsearch.environment import capture_environment
 from archsearch.errors import UsageError
 from archsearch.search.folder import RunFolder
-from archsearch.worker import ProxyEvaluator
+from archsearch.worker import ProxyEvaluator, prepare_data
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +87,9 @@ def create_run(config: RunConfig, out: str | Path | None = None) -> Run:
     Raises:
         UsageError: the folder exists and is not empty.
         StorageError: it cannot be written.
+        ConfigError: the data cannot be read, or does not fit the vocabulary.
     """
+    prepare_data(config)
     path = Path(out) if out is not None else Path("experiments") / f"{config.space.name}-{datetime.now():%Y%m%d-%H%M%S}"
     return Run(RunFolder.create(path, config, capture_environment().model_dump(mode="json")))
 
@@ -176,6 +178,7 @@ class Run:
         """
         from archsearch.search.loop import run_search
 
+        prepare_data(self.config)
         evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()))
         return run_search(self.folder, evaluator, on_progress=on_progress)
 

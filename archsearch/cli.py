@@ -16,7 +16,7 @@ from typer import Argument, Option
 from typer.exceptions import TyperException
 
 from archsearch import __version__
-from archsearch.commands.console import print_json, report_bug, report_error
+from archsearch.commands.console import print_json, report_bug, report_error, show_log
 from archsearch.errors import ArchsearchError, EnvironmentUnfit, UsageError
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; gives the exit code."""
+    show_log()
     given = sys.argv[1:] if arguments is None else arguments
     words = [word for word in given if word != "--debug"]
     try:
@@ -180,6 +181,24 @@ def latency(
     config = load_section("latency", LatencyConfig, space, set_ or ())
     result = single.measure(load_architecture(arch), config, device=device)
     print_json("latency", result) if json else print(*single.latency_lines(result), sep="\n")
+
+
+@app.command()
+def data(
+    source: Annotated[
+        str | None, Argument(metavar="[SOURCE]", help="builtin:python, files:PATH, tokens:PATH or hf:OWNER/NAME.")
+    ] = None,
+    space: Annotated[Path | None, Option(metavar="FILE", help="Take proxy settings and vocabulary from here.")] = None,
+    tokenizer: Annotated[str | None, Option(help="bytes, bpe, a tokenizer.json or a pretrained name.")] = None,
+    vocab_size: Annotated[int | None, Option(min=2, help="Of the models; that of the space if absent.")] = None,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Tokenise a corpus into the cache ahead of a run, and describe it."""
+    from archsearch.commands import data as corpora
+
+    facts = corpora.prepare(source, space, tokenizer, vocab_size, set_ or ())
+    print_json("data", facts) if json else print(*corpora.lines(facts), sep="\n")
 
 
 @app.command()

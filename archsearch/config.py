@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,12 @@ from pydantic import Field, field_validator, model_validator
 
 from archsearch.errors import ConfigError
 from archsearch.files import Document, parse_yaml, read_yaml, validate, write_atomic
-from archsearch.schema import Frozen, Quantity
+from archsearch.schema import Frozen, Quantity, did_you_mean
 from archsearch.space import SearchSpace
 
+DATA_SCHEMES = ("builtin", "files", "tokens", "hf")
+TOKENIZERS = ("auto", "bytes", "bpe")
+"""Names of tokenizers that are neither files nor pretrained."""
 Objective = Literal["loss", "decode_latency", "parameters", "state_bytes"]
 
 
@@ -48,7 +52,16 @@ class SearchConfig(Frozen):
 class ProxyConfig(Frozen):
     """The short training (Nemotron-Flash, App. C: AdamW, cosine, 5e-4)."""
 
-    data: str = Field("builtin:python", min_length=1, description="builtin:python, or a text file, folder or glob")
+    data: str = Field("builtin:python", min_length=1, description="or files:PATH (or a path), tokens:PATH, hf:NAME")
+    tokenizer: str = Field(
+        "auto",
+        min_length=1,
+        description="bytes, bpe (trained on the data), a tokenizer.json, or a pretrained name; auto: bytes for text",
+    )
+    text_field: str = Field("text", min_length=1, description="of JSON lines, Parquet and datasets")
+    split: str = Field("train", min_length=1, description="of a Hugging Face dataset")
+    token_dtype: Literal["auto", "uint16", "uint32"] = Field("auto", description="of headerless tokens: files")
+    corpus_tokens: Quantity = Field(1_000_000_000, ge=1, description="most tokens that are taken of the data")
     tokens: Quantity = Field(20_000_000, ge=1, description="training budget")
     batch: int = Field(16, ge=1, description="sequences a step")
     context: int = Field(1024, ge=8, description="tokens a sequence")
@@ -80,6 +93,14 @@ class ProxyConfig(Frozen):
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise ValueError("warmup and cooldown together are more than the whole training; lower one")
         return self
+
+    @field_validator("data")
+    @classmethod
+    def _known_scheme(cls, data: str) -> str:
+        scheme = re.match(r"([a-z]+):", data)
+        if scheme and scheme[1] not in DATA_SCHEMES and not Path(data).exists():
+            raise ValueError(f"unknown data {data!r}; {did_you_mean(scheme[1], DATA_SCHEMES)}")
+        return data
 
 
 class LatencyConfig(Frozen):
@@ -143,14 +164,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = validate(RunConfig, document)
     config.space.check_feasible()
     # The run folder's copy may be read from elsewhere, and later: it names no file by a relative path.
-    return config.model_copy(update={"proxy": _absolute(config.proxy), "space": config.space.with_seed_files_read()})
+    return config.model_copy(update={"proxy": absolute(config.proxy), "space": config.space.with_seed_files_read()})
 
 
-def _absolute(proxy: ProxyConfig) -> ProxyConfig:
-    """Workers may start in another folder, so a path to text is made absolute where it is read."""
-    if proxy.data.startswith("builtin:"):
-        return proxy
-    return proxy.model_copy(update={"data": str(Path(proxy.data).absolute())})
+def split_data(data: str) -> tuple[str, str]:
+    """Scheme and rest of ``proxy.data``; a bare path is ``files``."""
+    scheme, colon, rest = data.partition(":")
+    return (scheme, rest) if colon and scheme in DATA_SCHEMES else ("files", data)
+
+
+def absolute(proxy: ProxyConfig) -> ProxyConfig:
+    """Workers may start in another folder, so paths are made absolute where they are read."""
+    data, tokenizer = proxy.data, Path(proxy.tokenizer).expanduser()
+    scheme, rest = split_data(data)
+    if scheme in ("files", "tokens") or (scheme == "hf" and rest.startswith((".", "~"))):
+        data = data.removesuffix(rest) + str(Path(rest).expanduser().absolute())
+    is_path = proxy.tokenizer not in TOKENIZERS and (tokenizer.suffix == ".json" or tokenizer.exists())
+    name = str(tokenizer.absolute()) if is_path else proxy.tokenizer
+    return proxy.model_copy(update={"data": data, "tokenizer": name})
 
 
 def _override(document: Document, override: str) -> Document:

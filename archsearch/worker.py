@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import time
@@ -29,7 +30,30 @@ if TYPE_CHECKING:
 
     from archsearch.model.hybrid import HybridLM
 
+EPOCHS = 4
+"""Up to here repeated text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+log = logging.getLogger(__name__)
 _CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Tokenise the corpus, or find it in the cache, before the first candidate asks for it.
+
+    What is wrong with the data then stops the run at once, and workers need not wait for each other.
+    A cluster's nodes have their own disks, so nothing is done for an address.
+
+    Raises:
+        ArchsearchError: as ``load_corpus`` does.
+    """
+    from archsearch.proxy.data import load_corpus
+
+    if "loss" not in config.search.objectives or config.execution.address is not None:
+        return
+    corpus = load_corpus(config.proxy, config.space.vocab_size)
+    epochs = config.proxy.tokens / len(corpus.train)
+    if epochs > EPOCHS:
+        text = "%s: proxy.tokens is %.1f epochs of its %s training tokens, and repeats above %d teach little"
+        log.warning(text, corpus.name, epochs, f"{len(corpus.train):,}", EPOCHS)
 
 
 class ProxyEvaluator:
@@ -196,13 +220,17 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
 
 def _train(record: _Record, config: RunConfig, device: torch.device, weights: str | None) -> None:
+    from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
     result = train_proxy(record.architecture, config.proxy, seed=record.seed, device=device, seconds=record.seconds)
+    corpus = load_corpus(config.proxy, record.architecture.vocab_size)
     record.curve, record.objectives["loss"] = result.curve, result.loss
     record.paths |= result.paths
     record.metrics |= {
         "perplexity": math.exp(min(result.loss, 700.0)),
+        "bits_per_byte": corpus.bits_per_byte(result.loss),
+        "corpus": corpus.digest,
         "proxy_tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
         "proxy_dtype": result.dtype,
@@ -210,6 +238,8 @@ def _train(record: _Record, config: RunConfig, device: torch.device, weights: st
     if weights is not None:
         with record.phase("save"):
             save_weights(result.model, Path(weights) / f"{record.architecture.id}.safetensors")
+            if corpus.tokenizer is not None:
+                corpus.tokenizer.save(Path(weights))
 
 
 def save_weights(model: HybridLM, path: Path) -> None:

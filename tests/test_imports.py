@@ -42,13 +42,16 @@ ONLY = {
     "torch": {"model", "proxy", "latency", "export", "worker", "commands"},
     "triton": {"model", "proxy", "latency", "commands"},
     "transformers": {"export"},
+    "tokenizers": {"proxy", "export"},
+    "datasets": {"proxy"},
+    "pyarrow": {"proxy"},
     "optuna": {"search"},
     "ray": {"search"},
     "pandas": {"search", "report", "api"},
     "matplotlib": {"report"},
 }
 """Which rooms may import a package."""
-HEAVY = ("torch", "pandas", "ray", "matplotlib", "transformers", "optuna", "sklearn")
+HEAVY = ("torch", "pandas", "ray", "matplotlib", "transformers", "tokenizers", "datasets", "optuna", "sklearn")
 
 
 def room_of(path: Path) -> str:

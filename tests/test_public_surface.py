@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "--format --json --to --trial RUN",
     "train": "--device --json --seed --set --space ARCH",
     "latency": "--device --json --set --space ARCH",
+    "data": "--json --set --space --tokenizer --vocab-size [SOURCE]",
     "validate": "--json FILE",
     "init": "--json FILE",
     "doctor": "--json",
@@ -33,8 +34,9 @@ CONFIG = {
     "space.stages": "blocks ffns layout mixers name pattern ratio",
     "space.limits": "decode_latency full_attention operators parameters state_bytes state_context",
     "search": "aging evaluations objectives sampler seed stop_after stop_epsilon",
-    "proxy": "batch beta1 beta2 clip context cooldown cuda_graph data dtype final_rate kernels learning_rate schedule "
-    "tokens validation_tokens validations warmup weight_decay weight_normalization",
+    "proxy": "batch beta1 beta2 clip context cooldown corpus_tokens cuda_graph data dtype final_rate kernels "
+    "learning_rate schedule split text_field token_dtype tokenizer tokens validation_tokens validations warmup "
+    "weight_decay weight_normalization",
     "latency": "batch dtype repeats steps strata tokens",
     "execution": "address allow_insecure_ray deadline device executor failure_minimum failure_rate grace "
     "min_free_bytes worker_failures workers",

@@ -253,3 +253,19 @@ def test_import_loads_no_torch() -> None:
 def test_cpu_worker_uses_one_thread_unless_told(environment: dict[str, str], threads: str) -> None:
     code = "import torch, archsearch.worker as w; w._prepare('cpu'); print(torch.get_num_threads())"
     assert run_python(code, **environment) == threads
+
+
+def test_too_many_epochs_are_said_before_the_search(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text").write_text("a line of text\n" * 2000)
+    proxy = config_of().proxy.model_copy(update={"data": str(tmp_path / "text"), "tokens": 10**6})
+    config = config_of(proxy=proxy, search=SearchConfig(objectives=("loss",)))
+    worker.prepare_data(config)
+    assert "proxy.tokens is 35.1 epochs of its 28,501 training tokens" in caplog.text
+    with pytest.raises(ConfigError, match="does not exist"):
+        worker.prepare_data(config_of(proxy=proxy.model_copy(update={"data": str(tmp_path / "none")})))
+
+
+def test_data_is_not_looked_at_where_nobody_trains_here(tmp_path: Path) -> None:
+    proxy = config_of().proxy.model_copy(update={"data": str(tmp_path / "none")})
+    worker.prepare_data(config_of(proxy=proxy, search=SearchConfig(objectives=("parameters",))))
+    worker.prepare_data(config_of(proxy=proxy, execution=ExecutionConfig(address="somewhere:6379")))

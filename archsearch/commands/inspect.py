@@ -179,7 +179,7 @@ def print_trial(candidate: Candidate) -> None:
         seconds = ", ".join(f"{name} {value:.2f}" for name, value in evaluation.seconds.items())
         paths = ", ".join(f"{name} {value}" for name, value in evaluation.paths.items())
         facts |= {"curve": curve, "seconds": seconds, "paths": paths, "device": evaluation.device}
-        facts |= {"seed": evaluation.seed}
+        facts |= {"seed": evaluation.seed, "bits per byte": evaluation.metrics.get("bits_per_byte")}
     console = stdout()
     for name, value in facts.items():
         if value not in (None, "", {}):

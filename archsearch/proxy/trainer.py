@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from archsearch.config import ProxyConfig
 from archsearch.model.hybrid import build_model
 from archsearch.model.training_path import prepare
 from archsearch.proxy.checkpoint import Progress, load_checkpoint, save_checkpoint
-from archsearch.proxy.data import Windows, load_corpus, validation_windows
+from archsearch.proxy.data import Windows, feed, load_corpus, validation_windows
 from archsearch.proxy.loss import loss_path
 from archsearch.proxy.optimizer import moments, set_step
 from archsearch.proxy.result import NonFiniteLoss, ProxyResult
@@ -121,7 +119,8 @@ class _Training:
             corpus = load_corpus(config, architecture.vocab_size)
             # whole batches: another batch size would compile and tune every kernel again
             wanted = self.tokens(self.steps_for(config.validation_tokens))
-            self.held_out = validation_windows(corpus.validation, config.context, wanted)
+            held_out = validation_windows(corpus.validation, config.context, wanted)
+            self.held_out = torch.from_numpy(held_out).to(device)
             self.windows = Windows(corpus.train, config.context, seed)
         with clock("build"):
             self.dtype = _dtype(config.dtype, device)
@@ -137,6 +136,7 @@ class _Training:
             "architecture": architecture.to_dict(),
             "proxy": config.model_dump(mode="json"),
             "seed": seed,
+            "corpus": corpus.digest,
             "numerics": {"device": device.type, "dtype": str(self.dtype), **self.paths},
         }
         self.done = self.timed_tokens = 0
@@ -175,12 +175,11 @@ class _Training:
 
     def train(self, stop: int, on_progress: OnProgress | None) -> None:
         """All steps up to number ``stop``; the first ones, which compile and capture, have their own clock."""
-        size = self.config.batch
+        batches = feed(self.windows, self.config.batch, range(self.done, stop), self.device)
         for index in range(self.done, stop):
             phase = "train" if self.step.settled else "compile"
             with self.clock(phase):
-                windows = self.upload(self.windows.batch(index * size, size))
-                loss = self.step(windows, learning_rate(self.config, index, self.steps))
+                loss = self.step(next(batches), learning_rate(self.config, index, self.steps))
                 if (index + 1) % self.every == 0 or index + 1 == stop or phase == "compile":
                     self.check(index + 1)
             self.timed_tokens += self.tokens(1) if phase == "train" else 0
@@ -205,16 +204,9 @@ class _Training:
     def validation_loss(self) -> float:
         """Mean loss over the held-out windows, nats a token."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(self.held_out), self.config.batch):
-            batch = self.held_out[first : first + self.config.batch]
-            windows = self.upload(batch).to(self.device, non_blocking=True)
-            total += mean_loss(self.model, windows, self.dtype).double() * len(batch)
+        for windows in self.held_out.split(self.config.batch):
+            total += mean_loss(self.model, windows, self.dtype).double() * len(windows)
         return total.item() / len(self.held_out)
-
-    def upload(self, batch: npt.NDArray[np.int64]) -> Tensor:
-        """The batch in memory from which the copy to the device does not hold up the host."""
-        windows = torch.from_numpy(batch)
-        return windows.pin_memory() if self.device.type == "cuda" else windows
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: weights and moments, themselves, not copies."""

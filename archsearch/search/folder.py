@@ -6,7 +6,7 @@
     environment.json    the machine and the packages
     study.db            the Optuna study
     trials/0042.json    the Evaluation of trial 42
-    weights/<id>.safetensors    proxy weights of the front
+    weights/<id>.safetensors    proxy weights of the front, and the tokenizer beside them
     run.lock            held by the process that writes
 
 Nothing inside refers to the folder's own place, so a run that was moved can be resumed.
