@@ -26,7 +26,7 @@ COMMANDS = {
     "data": "--json --set --space --tokenizer --vocab-size [SOURCE]",
     "validate": "--json FILE",
     "init": "--json FILE",
-    "doctor": "--json",
+    "doctor": "--json --tune",
     "scaling": "--block --budgets --depths --json --latencies --metric --out --set --space --widths",
 }
 CONFIG = {
