@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from archsearch.export import Format
+    from archsearch.search.noise import SeedNoise
     from archsearch.search.progress import Progress, Summary
+    from archsearch.search.replicates import Replicates
     from archsearch.search.study import Candidate
 
 SHORT_NAMES = {
@@ -112,12 +114,16 @@ class Results:
         config: the resolved config.
         candidates: every trial, in the order of the numbers.
         reference: up to where the hypervolume counts; None before the first population is complete.
+        replicates: of the front, by trial number.
+        given_noise: seed noise from elsewhere, in place of what the replicates show.
     """
 
     path: Path
     config: RunConfig
     candidates: list[Candidate]
     reference: tuple[float, ...] | None
+    replicates: dict[int, Replicates]
+    given_noise: SeedNoise | None = None
 
     @cached_property
     def front(self) -> list[Candidate]:
@@ -132,6 +138,13 @@ class Results:
         from archsearch.search import study
 
         return study.hypervolume(self.candidates, self.config.search.objectives, self.reference)
+
+    @cached_property
+    def noise(self) -> SeedNoise | None:
+        """Seed noise of the loss; None where none was given and no candidate has two replicates."""
+        from archsearch.search.replicates import noise_of
+
+        return self.given_noise or noise_of(self.replicates)
 
     @property
     def evaluated(self) -> int:
@@ -179,16 +192,34 @@ class Run:
         from archsearch.search.loop import run_search
 
         prepare_data(self.config)
-        evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()))
+        checkpoints = str(self.folder.checkpoints.resolve()) if self.config.proxy.rungs else None
+        evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()), checkpoints)
         return run_search(self.folder, evaluator, on_progress=on_progress)
+
+    def replicate(self, count: int, *, on_progress: Callable[[Progress], None] | None = None) -> Summary:
+        """Train the front again with ``count`` other seeds, or what is missing of that; the study stays as it is.
+
+        Raises:
+            UsageError: ``count`` is below 1.
+            RunInUse: another process is at work.
+            SearchStopped: too many trainings failed.
+        """
+        from archsearch.search.replicates import replicate_front
+
+        front = self.results().front
+        return replicate_front(
+            self.folder, front, count, lambda config: ProxyEvaluator(config), on_progress=on_progress
+        )
 
     def results(self) -> Results:
         """What the study holds now. Raises StorageError where it is damaged."""
         from archsearch.search import study
+        from archsearch.search.replicates import read_replicates
 
         opened = study.open_study(self.folder)
         found = study.candidates(opened, self.folder)
-        return Results(self.path, self.config, found, study.hypervolume_reference(opened))
+        reference = study.hypervolume_reference(opened)
+        return Results(self.path, self.config, found, reference, read_replicates(self.folder))
 
     def candidates(self) -> list[Candidate]:
         """Every trial, in the order of the numbers."""

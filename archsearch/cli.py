@@ -31,6 +31,7 @@ Arch = Annotated[str, Argument(metavar="ARCH", help="A YAML or JSON file, or a r
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Override a value; repeatable.")]
 Tune = Annotated[bool, Option("--tune", help="First tune the training kernels on this GPU: minutes.")]
+Replicates = Annotated[int | None, Option(help="Then train the front with so many other seeds.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -83,6 +84,7 @@ def run(
     executor: Annotated[str | None, Option(help="ray or inline.")] = None,
     workers: Annotated[int | None, Option(help="Evaluations at the same time.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the search.")] = None,
+    replicates: Replicates = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would run; write nothing.")] = False,
     json: Json = False,
 ) -> int:
@@ -103,15 +105,15 @@ def run(
         return show_plan(config, json=json)
     from archsearch.commands.search import start
 
-    return start(config, out, json=json)
+    return start(config, out, replicates=replicates, json=json)
 
 
 @app.command()
-def resume(run: RunPath, json: Json = False) -> int:
+def resume(run: RunPath, replicates: Replicates = None, json: Json = False) -> int:
     """Go on with a run that was stopped, from what it had committed."""
     from archsearch.commands.search import go_on
 
-    return go_on(run, json=json)
+    return go_on(run, replicates=replicates, json=json)
 
 
 @app.command()
@@ -121,13 +123,14 @@ def inspect(
     json: Json = False,
     csv: Annotated[bool, Option("--csv", help="Print all candidates as CSV.")] = False,
     why: Annotated[bool, Option("--why", help="Also what proposals earned and which genes matter.")] = False,
+    noise: Annotated[Path | None, Option(metavar="DIR", help="Seed noise from a validate-proxy study.")] = None,
 ) -> None:
     """Show what a run found: its front, its outcomes, one trial."""
     from archsearch.commands.inspect import show
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other", "give one of them")
-    show(run, trial, json=json, csv=csv, why=why)
+    show(run, trial, json=json, csv=csv, why=why, noise=noise)
 
 
 @app.command()
@@ -170,16 +173,22 @@ def latency(
     space: Annotated[Path | None, Option(metavar="FILE", help="Take the latency settings from this config.")] = None,
     set_: Set = None,
     device: Device = "auto",
+    dtype: Annotated[str | None, Option(help="auto, bfloat16 or float32.")] = None,
+    batch: Annotated[int | None, Option(help="Sequences at once.")] = None,
+    tokens: Annotated[str | None, Option(help="Tokens to decode a sequence, such as 8192.")] = None,
+    context: Annotated[int | None, Option(min=1, help="Tokens stored for the throughput; tokens if absent.")] = None,
+    exact: Annotated[bool, Option("--exact", help="Also decode all tokens, in three fresh processes.")] = False,
     json: Json = False,
 ) -> None:
-    """Measure how fast one architecture decodes."""
+    """Measure one architecture: decode, prefill, throughput, memory and energy."""
     from archsearch.architecture import load_architecture
     from archsearch.commands import single
-    from archsearch.commands.settings import load_section
+    from archsearch.commands.settings import as_overrides, load_section
     from archsearch.config import LatencyConfig
 
-    config = load_section("latency", LatencyConfig, space, set_ or ())
-    result = single.measure(load_architecture(arch), config, device=device)
+    flags = as_overrides({"latency.dtype": dtype, "latency.batch": batch, "latency.tokens": tokens})
+    config = load_section("latency", LatencyConfig, space, [*(set_ or ()), *flags])
+    result = single.measure(load_architecture(arch), config, device=device, context=context, exact=exact)
     print_json("latency", result) if json else print(*single.latency_lines(result), sep="\n")
 
 
@@ -254,6 +263,34 @@ def scaling(
         block=block,
         metric=metric,
         latencies=latencies,
+        json=json,
+    )
+
+
+@app.command("validate-proxy")
+def validate_proxy(
+    space: Annotated[Path, Option(metavar="FILE", help="The search space and its settings.", show_default=False)],
+    architectures: Annotated[int, Option(help="How many to sample and train.", show_default=False)],
+    long: Annotated[str, Option(help="Tokens of the long training, such as 200M.", show_default=False)],
+    short: Annotated[str | None, Option(help="Tokens of the proxy; proxy.tokens if absent.")] = None,
+    seeds: Annotated[int, Option(help="Short trainings an architecture; 2 or more tell the seed noise.")] = 2,
+    correlation: Annotated[float, Option(help="That the shortest budget must keep.")] = 0.8,
+    out: Annotated[Path | None, Option(metavar="DIR", help="A new folder, or that of an earlier start.")] = None,
+    set_: Set = None,
+    json: Json = False,
+) -> int:
+    """Train a sample short and long, and tell how far the proxy's ranking can be trusted."""
+    from archsearch.commands.validity import start
+    from archsearch.config import load_config
+
+    return start(
+        load_config(space, set_ or ()),
+        out,
+        architectures=architectures,
+        long=long,
+        short=short,
+        seeds=seeds,
+        correlation=correlation,
         json=json,
     )
 

@@ -1,11 +1,12 @@
-"""Decode latency against the bandwidth floor, on one CUDA device.
+"""Decode latency against the bandwidth floor, on one CUDA device. Each part can be run by itself; all go to one file.
 
-    python -m benchmarks.decode --out experiments/decode-h200
+    python -m benchmarks.decode --out experiments/decode-h100 models operators exact throughput transformers
 
-For each reference architecture: milliseconds a token for 8192 tokens at batch 1 (the step time at the middle of 16
-equal strata of positions, 64 advancing steps each), the floor (``Architecture.step_bytes`` over the bandwidth that
-a reading kernel reaches in the same process), and the step time against the context. For each operator kind: the
-cost of one more operator in a chain of them, from N and 2 N copies with weights of their own.
+models: ``measure_decode`` of each reference architecture, and its step time at 128 to 32k tokens stored.
+operators: the cost of one more operator of each kind in a chain, from N and 2 N copies with weights of their own.
+exact: all tokens in three fresh processes, against each other and against the strata.
+throughput: batches doubled to the memory limit with 32k tokens stored in each sequence.
+transformers: ``generate`` with a static cache and compilation, the same shapes, in the same process as ours.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-import triton
 
 from archsearch.architecture import Architecture, load_architecture, make_architecture
-from archsearch.model.decode import DecodeGraph, DecodePlan
+from archsearch.config import LatencyConfig
+from archsearch.latency.bandwidth import measure_bandwidth
+from archsearch.latency.decode import measure_decode
+from archsearch.latency.exact import measure_exact
+from archsearch.latency.throughput import measure_throughput
+from archsearch.latency.timing import time_steps
+from archsearch.model.decode import DecodeGraph
 from archsearch.model.hybrid import build_model
-from archsearch.model.kernels.bandwidth import read_bandwidth
-
-matplotlib.use("agg")
-from matplotlib import pyplot
 
 MODELS = ["nemotron-flash-1b", "nemotron-flash-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen2.5-3b", "llama-3.2-1b"]
+EXACT = ["nemotron-flash-1b", "qwen3-0.6b"]
+BATCHED = ["nemotron-flash-1b", "qwen3-0.6b"]
+COMPARED = ["qwen3-0.6b", "qwen3-1.7b"]
 CONTEXTS = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
-STRATA, STEPS = 16, 64
+SHORT = 128
+"""Tokens of the run that stands for a short context."""
 OPERATORS: dict[str, dict[str, Any]] = {
     "a": {"head_dim": 128, "kv_heads": 2, "qk_norm": True},
     "w": {"head_dim": 128, "kv_heads": 2, "window": 1024},
@@ -42,131 +48,179 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "m2": {},
     "f": {},
 }
+WIDTHS = [1024, 2048]
 OPERATOR_CONTEXT = 4096
 CHAIN_BYTES = 256 * 2**20
+GENERATED = 512
+"""Tokens that transformers generates, and we beside it."""
+CUDA = torch.device("cuda", 0)
+Part = dict[str, Any]
 
 
-def milliseconds(run: Callable[[], None], count: int) -> float:
-    """Device time of ``count`` runs, a run."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(count):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / count
+def milliseconds(graph: DecodeGraph, context: int, steps: int, runs: int) -> float:
+    """Median milliseconds a step with so many tokens stored."""
+    time_steps(graph, context, steps)
+    return 1e3 * statistics.median(x for _ in range(runs) for x in time_steps(graph, context, steps).seconds)
 
 
-def decode(graph: DecodeGraph, architecture: Architecture, tokens: int, bandwidth: float) -> dict[str, float]:
-    """Milliseconds a token and the floor, both the mean over the strata of ``tokens`` tokens."""
-    width, times, floors = tokens / STRATA, [], []
-    for index in range(STRATA):
-        start = int(index * width + (width - STEPS) / 2)
-        graph.seek(start - 3)
-        milliseconds(graph.step, 3)
-        times.append(milliseconds(graph.step, STEPS))
-        floors.append(architecture.step_bytes(start + STEPS // 2 + 1) / bandwidth * 1e3)
-    graph.plan.check()
-    ms, floor = statistics.mean(times), statistics.mean(floors)
-    return {"ms": ms, "seconds": ms * tokens * 1e-3, "floor_ms": floor, "floor_fraction": floor / ms}
-
-
-def contexts(graph: DecodeGraph) -> dict[int, float]:
-    """Milliseconds a token with so many tokens stored."""
-    found = {}
-    for context in CONTEXTS:
-        graph.seek(context)
-        milliseconds(graph.step, 3)
-        found[context] = min(milliseconds(graph.step, 20) for _ in range(3))
+def models(names: list[str], config: LatencyConfig) -> Part:
+    """Decode latency of each reference architecture, at a short context too, and the sweep over contexts."""
+    found: Part = {}
+    for name in names or MODELS:
+        architecture = load_architecture(name)
+        latency = measure_decode(architecture, config, device=CUDA)
+        graph = DecodeGraph(build_model(architecture, 0, CUDA, torch.bfloat16), 1, CONTEXTS[-1] + 128)
+        contexts = {context: milliseconds(graph, context, 24, 3) for context in CONTEXTS}
+        short = statistics.mean(milliseconds(graph, start, 16, 3) for start in range(0, SHORT, 32))
+        del graph
+        torch.cuda.empty_cache()
+        found[name] = {"short_ms": short, "contexts_ms": contexts, **latency.model_dump(mode="json")}
+        print(
+            f"{name:20} {latency.tpot_ms:.3f} ms a token, floor {latency.floor_ms:.3f} ms, "
+            f"{latency.floor_fraction:.1%}; {latency.kernels_per_token} kernels; first {SHORT}: {short:.3f} ms, "
+            f"32k: {contexts[32768]:.3f} ms; {'; '.join(latency.notes)}",
+            flush=True,
+        )
     return found
 
 
-def measure_model(name: str, tokens: int, bandwidth: float) -> dict[str, Any]:
-    """Decode latency, floor and context sweep of a reference architecture with random weights."""
-    architecture = load_architecture(name)
-    model = build_model(architecture, 0, "cuda", torch.bfloat16)
-    graph = DecodeGraph(model, 1, max(tokens, CONTEXTS[-1]) + 2 * STEPS)
-    result: dict[str, Any] = decode(graph, architecture, tokens, bandwidth)
-    result |= {"kernels_per_token": graph.plan.kernels_per_token, "kernels": graph.plan.kernels}
-    result["contexts_ms"] = contexts(graph)
-    result["finite"] = bool(torch.isfinite(graph.logits).all())
-    return result
+def chain(hidden: int, kind: str, copies: int) -> tuple[float, int]:
+    """Microseconds of a step of ``copies`` operators of one kind, and the kernels of one."""
+    operators = [{"kind": kind, **OPERATORS[kind]}] * copies
+    architecture = make_architecture(hidden_size=hidden, vocab_size=1024, operators=operators)
+    graph = DecodeGraph(build_model(architecture, 0, CUDA, torch.bfloat16), 1, 2 * OPERATOR_CONTEXT)
+    return 1e3 * milliseconds(graph, OPERATOR_CONTEXT, 24, 7), graph.kernels[kind]
 
 
-def chain_microseconds(hidden: int, kind: str, copies: int) -> tuple[float, DecodePlan]:
-    """Time of a step of ``copies`` operators of one kind."""
-    fields = {"hidden_size": hidden, "vocab_size": 1024, "operators": [{"kind": kind, **OPERATORS[kind]}] * copies}
-    graph = DecodeGraph(build_model(make_architecture(**fields), 0, "cuda", torch.bfloat16), 1, 2 * OPERATOR_CONTEXT)
-    graph.seek(OPERATOR_CONTEXT)
-    milliseconds(graph.step, 5)
-    return statistics.median(milliseconds(graph.step, 20) for _ in range(7)) * 1e3, graph.plan
+def operators(names: list[str], config: LatencyConfig) -> Part:
+    """What one more operator of each kind adds to a step, and its floor."""
+    found: Part = {}
+    for hidden in WIDTHS:
+        for kind in names or OPERATORS:
+            one = make_architecture(hidden_size=hidden, vocab_size=1024, operators=[{"kind": kind, **OPERATORS[kind]}])
+            operator = one.operators[0]
+            weights = (operator.parameters(hidden) + hidden) * 2
+            copies = max(16, math.ceil(CHAIN_BYTES / weights))
+            (short, kernels), (long, _) = chain(hidden, kind, copies), chain(hidden, kind, 2 * copies)
+            us, moved = (long - short) / copies, weights + operator.step_bytes(hidden, OPERATOR_CONTEXT + 1, 2)
+            floor = moved / measure_bandwidth(CUDA).read * 1e6
+            found[f"{kind} {hidden}"] = {
+                "us": us, "floor_us": floor, "floor_fraction": floor / us, "kernels": kernels, "copies": copies
+            }  # fmt: skip
+            print(
+                f"{kind:3} {hidden}: {us:6.2f} us, floor {floor:6.2f} us, {floor / us:.0%}, {kernels} kernels",
+                flush=True,
+            )
+            torch.cuda.empty_cache()
+    return found
 
 
-def measure_operator(hidden: int, kind: str, bandwidth: float) -> dict[str, float]:
-    """Microseconds that one more operator adds to a step, and its floor."""
-    one = make_architecture(hidden_size=hidden, vocab_size=1024, operators=[{"kind": kind, **OPERATORS[kind]}])
-    operator = one.operators[0]
-    weights = (operator.parameters(hidden) + hidden) * 2
-    copies = max(16, math.ceil(CHAIN_BYTES / weights))
-    (short, plan), (long, _) = chain_microseconds(hidden, kind, copies), chain_microseconds(hidden, kind, 2 * copies)
-    us = (long - short) / copies
-    floor = (weights + operator.step_bytes(hidden, OPERATOR_CONTEXT + 1, 2)) / bandwidth * 1e6
-    return {"us": us, "floor_us": floor, "floor_fraction": floor / us, "kernels": plan.kernels[kind], "copies": copies}
+def exact(names: list[str], config: LatencyConfig) -> Part:
+    """All tokens in fresh processes."""
+    found: Part = {}
+    for name in names or EXACT:
+        result = measure_exact(load_architecture(name), config, str(CUDA))
+        found[name] = result.model_dump(mode="json")
+        print(
+            f"{name:20} {result.seconds:.3f} s; processes differ by {result.spread:.2%}, strata are "
+            f"{result.strata_error:.2%} off",
+            flush=True,
+        )
+    return found
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Floor fractions, step time against context, operators against their floor."""
-    _, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 4.5), constrained_layout=True)
-    models, operators = result["models"], result["operators"]
-    left.barh(list(models), [m["floor_fraction"] for m in models.values()])
-    left.set(xlim=(0, 1), xlabel="floor / measured", title=f"decode of {result['tokens']} tokens, batch 1")
-    for name, model in models.items():
-        middle.plot(list(model["contexts_ms"]), list(model["contexts_ms"].values()), marker=".", label=name)
-    middle.set(xscale="log", xlabel="tokens stored", ylabel="ms a token", ylim=(0, None), title="step time")
-    middle.legend(fontsize=8)
-    names = list(operators)
-    right.barh(names, [o["us"] for o in operators.values()], label="measured")
-    right.barh(names, [o["floor_us"] for o in operators.values()], label="floor")
-    right.set(xlabel="µs an operator", title=f"one operator, {OPERATOR_CONTEXT} tokens stored")
-    right.legend()
-    pyplot.savefig(path, dpi=110)
+def throughput(names: list[str], config: LatencyConfig) -> Part:
+    """Doubling batches with 32k tokens stored."""
+    found: Part = {}
+    for name in names or BATCHED:
+        model = build_model(load_architecture(name), 0, CUDA, torch.bfloat16)
+        result = measure_throughput(model, CONTEXTS[-1], measure_bandwidth(CUDA))
+        del model
+        found[name] = result.model_dump(mode="json")
+        for one in result.batches:
+            print(
+                f"{name:20} batch {one.batch:5}: {one.tokens_per_second:9,.0f} tokens/s, {one.step_ms:.3f} ms a step, "
+                f"{one.floor_fraction:.0%} of the floor",
+                flush=True,
+            )
+        print(f"{name:20} {result.ended}", flush=True)
+    return found
+
+
+def transformers(names: list[str], config: LatencyConfig) -> Part:
+    """The same shapes through transformers' own ``generate``, and through ours over as many tokens."""
+    found: Part = {}
+    for name in names or COMPARED:
+        architecture = load_architecture(name)
+        theirs = generate_ms(architecture)
+        ours = measure_decode(architecture, config.model_copy(update={"tokens": GENERATED}), device=CUDA).tpot_ms
+        found[name] = {"tokens": GENERATED, "transformers_ms": theirs, "ours_ms": ours, "ratio": theirs / ours}
+        print(f"{name:20} transformers {theirs:.3f} ms a token, ours {ours:.3f} ms, {theirs / ours:.2f}x", flush=True)
+    return found
+
+
+def generate_ms(architecture: Architecture) -> float:
+    """Milliseconds a token of ``generate`` with a static cache, compiled by transformers itself, best of three runs."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    attention, ffn = architecture.operators[:2]
+    shape = Qwen3Config(
+        vocab_size=architecture.vocab_size,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=ffn.inner(architecture.hidden_size),
+        num_hidden_layers=len(architecture.operators) // 2,
+        num_attention_heads=attention.query_heads(architecture.hidden_size),
+        num_key_value_heads=attention.stored_heads(architecture.hidden_size),
+        head_dim=attention.head_dim,
+        tie_word_embeddings=architecture.tie_embeddings,
+    )
+    with torch.device(CUDA):
+        model = Qwen3ForCausalLM(shape).to(torch.bfloat16).eval()
+    assert sum(p.numel() for p in model.parameters()) == architecture.parameters
+    prompt = torch.ones(1, 1, dtype=torch.int64, device=CUDA)
+    options = {"do_sample": False, "cache_implementation": "static", "eos_token_id": None, "pad_token_id": 0}
+    taken = []
+    with torch.no_grad():
+        for _ in range(5):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            out = model.generate(prompt, max_new_tokens=GENERATED, min_new_tokens=GENERATED, **options)
+            torch.cuda.synchronize()
+            taken.append((time.perf_counter() - begun) / GENERATED)
+            assert out.shape[1] == GENERATED + 1
+    del model
+    torch.cuda.empty_cache()
+    return 1e3 * min(taken[2:])
+
+
+PARTS: dict[str, Callable[[list[str], LatencyConfig], Part]] = {
+    "models": models, "operators": operators, "exact": exact, "throughput": throughput, "transformers": transformers
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", nargs="*", default=MODELS)
-    parser.add_argument("--widths", nargs="*", type=int, default=[1024, 2048], help="of the operators; none to skip")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument(
+        "--names", nargs="*", default=[], help="of models, or of operator kinds; all of a part if absent"
+    )
+    parser.add_argument("--others", default="refuse", help="refuse or note: other processes on the GPU")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU")
     options.out.mkdir(parents=True, exist_ok=True)
-    bandwidth = read_bandwidth(torch.device("cuda"))
-    print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e12:.2f} TB/s read", flush=True)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "bandwidth": bandwidth, "tokens": options.tokens, "models": {}, "operators": {},
-    }  # fmt: skip
-    with torch.inference_mode():
-        for name in options.models:
-            found = result["models"][name] = measure_model(name, options.tokens, bandwidth)
-            print(
-                f"{name:20} {found['ms']:.3f} ms a token, floor {found['floor_ms']:.3f} ms, "
-                f"{found['floor_fraction']:.0%}; {found['kernels_per_token']} kernels; "
-                f"128: {found['contexts_ms'][128]:.3f} ms, 32k: {found['contexts_ms'][32768]:.3f} ms",
-                flush=True,
-            )
-        for width in options.widths:
-            for kind in OPERATORS:
-                found = result["operators"][f"{kind} {width}"] = measure_operator(width, kind, bandwidth)
-                print(
-                    f"{kind:3} {width}: {found['us']:6.2f} us, floor {found['floor_us']:6.2f} us, "
-                    f"{found['floor_fraction']:.0%}, {found['kernels']} kernels",
-                    flush=True,
-                )
-    (options.out / "decode.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    plot(result, options.out / "decode.png")
+    path, config = options.out / "decode.json", LatencyConfig(others=options.others)
+    for part in options.parts:
+        begun = time.perf_counter()
+        with torch.inference_mode(part != "transformers"):  # its compiler has trouble with that mode
+            found = PARTS[part](options.names, config)
+        # read again: another process may have written its part
+        record = json.loads(path.read_text()) if path.exists() else {}
+        record.setdefault(part, {}).update(found)
+        record["device"] = torch.cuda.get_device_name()
+        path.write_text(json.dumps(record, indent=1, allow_nan=False))
+        print(f"{part}: {time.perf_counter() - begun:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 # Before numpy and torch are imported: the matrices of the tests are small, and the processes of a run share the cores.
-for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

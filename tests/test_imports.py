@@ -25,6 +25,7 @@ ROOT = {
     "schema",
     "space",
     "stage",
+    "stopping",
 }
 ALLOWED = {
     "root": ROOT,
@@ -34,6 +35,7 @@ ALLOWED = {
     "proxy": ROOT | {"model", "proxy"},
     "latency": ROOT | {"model", "latency"},
     "scaling": ROOT | {"search", "report", "scaling"},
+    "validity": ROOT | {"search", "report", "validity"},
     "export": ROOT | {"model", "proxy", "latency", "export"},
     "worker": ROOT | {"model", "proxy", "latency"},
 }

@@ -243,12 +243,16 @@ def check_kernels(kind: str) -> Check:
     """The path that this GPU trains a kind with, in bf16, against the reference: output and every gradient."""
     import torch
 
-    from archsearch.errors import ArchsearchError
+    from archsearch.errors import ArchsearchError, EnvironmentUnfit
     from archsearch.model import fla_library, self_check
     from archsearch.model.layers import LAYERS
 
     name, device, config = f"kernels {kind}", torch.device("cuda"), OPERATORS[kind]()
     start = time.perf_counter()
+    try:
+        LAYERS[kind](config, WIDTH).require()
+    except EnvironmentUnfit as error:
+        return Check(name, "warn", error.cause, error.remedy)
     try:
         fla_library.require(device)
         found = self_check.require_sound(config, WIDTH, device)

@@ -1,4 +1,4 @@
-"""One architecture by itself: its proxy training and its decode latency."""
+"""One architecture by itself: its proxy training, and how fast it runs."""
 
 from __future__ import annotations
 
@@ -79,25 +79,71 @@ def train_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def measure(architecture: Architecture, config: LatencyConfig, *, device: str) -> dict[str, Any]:
-    """Measure the decode latency of ``architecture``; the result as plain data."""
-    from archsearch.latency.decode import measure_decode
+def measure(
+    architecture: Architecture, config: LatencyConfig, *, device: str, context: int | None, exact: bool
+) -> dict[str, Any]:
+    """Measure decode, prefill, throughput and energy of ``architecture``; the result as plain data."""
     from archsearch.latency.device import resolve_device
+    from archsearch.latency.suite import measure_all
 
-    found = measure_decode(architecture, config, device=resolve_device(device))
+    where = resolve_device(device)
+    found = measure_all(architecture, config, device=where, context=context, exact=exact, say=say)
     return {"architecture": describe_architecture(architecture), **found.model_dump(mode="json")}
 
 
 def latency_lines(result: dict[str, Any]) -> list[str]:
     """The result of ``measure`` as text."""
-    interval = result["interval_ms"]
-    sure = f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    lines = [
+    return [
         _head(result["architecture"]),
-        f"decode {result['tokens']:,} tokens at batch {result['batch']}: {result['seconds']:.4g} s",
-        f"{result['tpot_ms']:.3f} ms a token{sure} on {result['device']['name']} in {result['dtype']}",
+        *_decode_lines(result["decode"]),
+        *_exact_lines(result["exact"]),
+        *_prefill_lines(result["prefill"]),
+        *_throughput_lines(result["throughput"]),
+        *_energy_lines(result["energy"]),
+        *(f"note: {note}" for note in result["notes"]),
     ]
-    return [*lines, *(f"note: {note}" for note in result["notes"])]
+
+
+def _decode_lines(decode: dict[str, Any]) -> list[str]:
+    interval, where = decode["interval_ms"], decode["device"]["name"]
+    sure = f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    peak = f", peak {decode['peak_bytes'] / 1e9:.3g} GB" if decode["peak_bytes"] is not None else ""
+    kernels = ", ".join(f"{kind} {count}" for kind, count in decode["kernels"].items())
+    return [
+        f"decode {decode['tokens']:,} tokens at batch {decode['batch']}: {decode['seconds']:.4g} s",
+        f"{decode['tpot_ms']:.3f} ms a token{sure} on {where} in {decode['dtype']}",
+        f"{decode['floor_fraction']:.1%} of the floor: {decode['floor_ms']:.3g} ms for "
+        f"{decode['step_bytes'] / 1e6:,.1f} MB at {decode['bandwidth']['read'] / 1e9:,.0f} GB/s read",
+        f"memory: weights {decode['weight_bytes'] / 1e6:,.1f} MB, state {decode['state_bytes'] / 1e6:,.1f} MB{peak}",
+        *([f"kernels: {decode['kernels_per_token']} a token ({kernels})"] if kernels else []),
+    ]
+
+
+def _exact_lines(exact: dict[str, Any] | None) -> list[str]:
+    if exact is None:
+        return []
+    return [
+        f"exact: {exact['seconds']:.4g} s, {exact['tpot_ms']:.3f} ms a token; {len(exact['runs'])} processes differ by "
+        f"{exact['spread']:.2%}, strata are {exact['strata_error']:.2%} off"
+    ]
+
+
+def _prefill_lines(prefill: dict[str, Any]) -> list[str]:
+    measured = [f"prefill {p['length']:,} tokens: {p['ms']:,.1f} ms to the first token" for p in prefill["measured"]]
+    return measured + [f"prefill {int(length):,} tokens: {why}" for length, why in prefill["omitted"].items()]
+
+
+def _throughput_lines(throughput: dict[str, Any]) -> list[str]:
+    lines = [
+        f"batch {b['batch']:,} at {throughput['context']:,} tokens stored: {b['tokens_per_second']:,.0f} tokens/s, "
+        f"{b['step_ms']:.3f} ms a step, {b['floor_fraction']:.0%} of the floor"
+        for b in throughput["batches"]
+    ]
+    return [*lines, f"no larger batch: {throughput['ended']}"]
+
+
+def _energy_lines(energy: dict[str, Any] | None) -> list[str]:
+    return [f"energy: {energy['joules_per_token']:.3g} J a token at {energy['watts']:.0f} W"] if energy else []
 
 
 def _head(architecture: dict[str, Any]) -> str:

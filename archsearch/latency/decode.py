@@ -7,73 +7,42 @@ the middle of equal strata of positions, a run of advancing steps at each, and i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from archsearch.architecture import Architecture
 from archsearch.config import LatencyConfig
-from archsearch.latency.device import DeviceInfo, describe, exclusive, require_memory
-from archsearch.latency.nvml import GpuState, gpu_state
+from archsearch.latency.bandwidth import Bandwidth, measure_bandwidth
+from archsearch.latency.canary import make_canary
+from archsearch.latency.device import DeviceInfo, describe, device_errors, require_memory
+from archsearch.latency.lock import exclusive
+from archsearch.latency.protocol import VERSION, kernel_hash
+from archsearch.latency.result import DecodeLatency, FullRun
 from archsearch.latency.runtime import Runtime, make_runtime
+from archsearch.latency.samples import summarize
 from archsearch.latency.timing import (
     BUDGET,
     Plan,
     Run,
+    fitted,
     integrate,
     interrupted,
     make_plan,
+    time_all,
+    time_steps,
     time_strata,
     undisturbed,
     warm_up,
 )
-from archsearch.latency.validity import CHECKED_TOKENS, check_end, check_position, check_runtime
+from archsearch.latency.validity import CHECKED_TOKENS, Disturbed, check_depth, check_end, check_position, check_runtime
+from archsearch.latency.watch import ATTEMPTS, Watch
 from archsearch.model.hybrid import HybridLM, build_model
-from archsearch.schema import Frozen
 
 BUSY = 0.5
 """Share of interrupted steps above which a note says that the machine is busy."""
-
-
-class DecodeLatency(Frozen):
-    """One measured decode latency and what it stands on.
-
-    Attributes:
-        seconds: to decode ``tokens`` tokens a sequence, ``batch`` sequences at once.
-        tpot_ms: milliseconds a token, the mean over all positions.
-        interval_ms: 95 % interval of ``tpot_ms``; absent when there are too few samples to tell.
-        positions: tokens in the cache at the middle of each stratum.
-        step_ms: median step time at each of ``positions``.
-        samples: timed steps that count (groups of steps on a GPU).
-        interrupted: share of the timed steps during which another process had the core (CPU, one thread).
-        logits_error: largest relative error of the steps' logits against the forward pass.
-        step_bytes: bytes that a step must move when half of the tokens are decoded.
-        waited: seconds spent waiting for another measurement on this device to end.
-        gpu: NVML's view before and after.
-        notes: everything that weakens the number.
-    """
-
-    seconds: float
-    tpot_ms: float
-    interval_ms: tuple[float, float] | None
-    positions: tuple[int, ...]
-    step_ms: tuple[float, ...]
-    samples: int
-    interrupted: float
-    tokens: int
-    batch: int
-    dtype: str
-    path: str
-    threads: int
-    logits_error: float
-    weight_bytes: int
-    state_bytes: int
-    step_bytes: int
-    waited: float
-    device: DeviceInfo
-    gpu: tuple[GpuState, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def measure_decode(
@@ -82,6 +51,8 @@ def measure_decode(
     *,
     device: torch.device | str,
     model: HybridLM | None = None,
+    full: bool = False,
+    on_wait: Callable[[], None] | None = None,
 ) -> DecodeLatency:
     """Measure how fast ``architecture`` decodes on ``device``.
 
@@ -90,63 +61,92 @@ def measure_decode(
         config: tokens, batch, strata, steps, repeats; ``dtype`` counts only without a ``model``.
         device: where to measure.
         model: with weights, on ``device``; random weights when absent.
+        full: also decode all tokens once, and compare.
+        on_wait: called when another measurement has the device.
 
     Raises:
         DoesNotFit: weights and state are larger than the free memory; nothing was allocated.
-        InvalidMeasurement: the timed path is wrong, or the device was disturbed.
+        InvalidMeasurement: the timed path is wrong, or the device was disturbed at each of a few attempts.
+        EnvironmentUnfit: the device failed.
     """
     device = torch.device(device)
-    dtype = _dtype(config.dtype, device) if model is None else model.embed_tokens.weight.dtype
-    _check_fits(architecture, config, device, dtype, weights=model is None)
-    with torch.inference_mode():
+    with device_errors(device), torch.inference_mode():
+        if device.type == "cuda":
+            make_canary(device)
+        dtype = _dtype(config.dtype, device) if model is None else model.embed_tokens.weight.dtype
+        _check_fits(architecture, config, device, dtype, weights=model is None)
+        held = _allocated(device) - sum(p.nbytes for p in model.parameters()) if model else _allocated(device)
         model = build_model(architecture, 0, device, dtype) if model is None else model
         runtime = make_runtime(model, config.batch, config.tokens)
         error = check_runtime(runtime, model, config.batch, config.tokens)
-        with exclusive(device) as waited:
-            timed = _time(runtime, config, describe(device))
-        check_end(runtime, timed.states)
+        if device.type == "cuda":
+            error = max(error, check_depth(runtime, model, config.tokens))
+        del model  # what the caller does not hold is no part of the peak memory
+        with exclusive(device, on_wait) as waited:
+            timed = _until_undisturbed(runtime, config, device, full)
+            timed.peak -= held
+        check_end(runtime)
     return _result(architecture, config, runtime, timed, error, waited)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Timed:
     """Runs of each stratum, and the circumstances they were taken in."""
 
     plan: Plan
-    runs: list[list[Run]]
     info: DeviceInfo
-    states: list[GpuState]
-    notes: list[str]
+    bandwidth: Bandwidth
+    watch: Watch
+    runs: list[list[Run]] = field(default_factory=list)
+    full: tuple[list[tuple[int, float]], float] | None = None
+    peak: int = 0
+    attempts: int = 1
+    rejected: int = 0
 
 
-def _time(runtime: Runtime, config: LatencyConfig, info: DeviceInfo) -> _Timed:
-    plan = make_plan(config)
-    notes = list(info.notes)
+def _until_undisturbed(runtime: Runtime, config: LatencyConfig, device: torch.device, full: bool) -> _Timed:
+    """Measure until nothing disturbs. Raises the last ``Disturbed`` when that does not happen."""
+    info, bandwidth = describe(device), measure_bandwidth(device)
+    rejected = 0
+    for attempt in range(1, ATTEMPTS + 1):
+        timed = _Timed(make_plan(config), info, bandwidth, Watch(device, config.others))
+        timed.attempts, timed.rejected = attempt, rejected
+        try:
+            _time(runtime, config, timed, full)
+            return timed
+        except Disturbed:
+            rejected += sum(len(run.seconds) for stratum in timed.runs for run in stratum)
+            if attempt == ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _time(runtime: Runtime, config: LatencyConfig, timed: _Timed, full: bool) -> None:
+    watch, cuda = timed.watch, runtime.token.is_cuda
+    watch.notes.extend(timed.info.notes)
     runtime.begin()
+    first = time_steps(runtime, timed.plan.starts[0], 1).seconds[0]
+    plan = timed.plan = fitted(timed.plan, first)
+    if plan.steps < min(config.steps, int(plan.width)):
+        watch.notes.append(f"{plan.steps} of {config.steps} steps a stratum: one takes {first:.2g} s")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(runtime.token.device)
     if not warm_up(runtime, plan):
-        notes.append("the step time was not flat after the warm-up")
-    states = _observe(info, notes)
-    runs = time_strata(runtime, plan, config.repeats)
+        watch.notes.append("the step time was not flat after the warm-up")
+    timed.peak = torch.cuda.max_memory_allocated(runtime.token.device) if cuda else 0
+    watch.sing()
+    watch.look()
+    timed.runs = time_strata(runtime, plan, config.repeats, watch.look)
     check_position(runtime, plan.starts[-1] + plan.steps)
-    if len(runs[0]) < config.repeats:
-        notes.append(f"{len(runs[0])} of {config.repeats} passes in {BUDGET:g} s")
-    if (share := interrupted(runs)) > BUSY:
-        notes.append(f"busy machine: other processes had the core during {share:.0%} of the steps")
-    states += _observe(info, notes)
-    return _Timed(plan, runs, info, states, notes)
-
-
-def _observe(info: DeviceInfo, notes: list[str]) -> list[GpuState]:
-    """NVML's view of a GPU; nothing on a CPU. What is missing or disturbs goes to ``notes``."""
-    if info.kind == "cpu":
-        return []
-    state, problem = gpu_state(info.uuid)
-    if state is None:
-        notes.append(problem)
-        return []
-    if state.processes > 1:
-        notes.append(f"{state.processes} processes on the GPU")
-    return [state]
+    if full:
+        timed.full = time_all(runtime, config.tokens)
+        check_position(runtime, config.tokens)
+    watch.sing()
+    watch.look()
+    if len(timed.runs[0]) < config.repeats:
+        watch.notes.append(f"{len(timed.runs[0])} of {config.repeats} passes in {BUDGET:g} s")
+    if (share := interrupted(timed.runs)) > BUSY:
+        watch.notes.append(f"busy machine: other processes had the core during {share:.0%} of the steps")
 
 
 def _result(
@@ -154,15 +154,21 @@ def _result(
 ) -> DecodeLatency:
     samples = [undisturbed(stratum) for stratum in timed.runs]
     seconds, interval = integrate(samples, timed.plan.width)
-    ms = 1e3 / config.tokens
-    width = runtime.logits.element_size()
+    ms, width = 1e3 / config.tokens, runtime.logits.element_size()
+    blocks = sum(len(run.seconds) for stratum in timed.runs for run in stratum)
+    summary = summarize(samples, timed.rejected + blocks - sum(len(stratum) for stratum in samples))
+    floor = _floor_ms(architecture, config.batch, timed, width)
+    operators = [*(operator.kind for operator in architecture.operators), "head"]
+    canary = timed.watch.canary
     return DecodeLatency(
         seconds=seconds,
         tpot_ms=seconds * ms,
         interval_ms=interval and (interval[0] * ms, interval[1] * ms),
+        floor_ms=floor,
+        floor_fraction=floor / (seconds * ms),
         positions=timed.plan.middles,
         step_ms=tuple(1e3 * float(np.median(stratum)) for stratum in samples),
-        samples=sum(len(stratum) for stratum in samples),
+        samples=summary,
         interrupted=interrupted(timed.runs),
         tokens=config.tokens,
         batch=config.batch,
@@ -173,11 +179,53 @@ def _result(
         weight_bytes=architecture.weight_bytes(width),
         state_bytes=architecture.state_bytes(config.tokens, batch=config.batch, width=width),
         step_bytes=architecture.step_bytes(config.tokens // 2, batch=config.batch, width=width),
+        peak_bytes=timed.peak if timed.info.kind == "cuda" else None,
+        kernels=runtime.kernels,
+        kernels_per_token=sum(runtime.kernels.get(kind, 0) for kind in operators),
+        bandwidth=timed.bandwidth,
+        canary_ms=tuple(canary),
+        canary_ratio=seconds * ms / canary[0] if canary else None,
+        attempts=timed.attempts,
         waited=waited,
         device=timed.info,
-        gpu=tuple(timed.states),
-        notes=tuple(dict.fromkeys(timed.notes)),
+        gpu=tuple(timed.watch.states),
+        full=_full(timed, seconds),
+        kernel_hash=kernel_hash(),
+        protocol=VERSION,
+        notes=_notes(architecture, timed, summary.narrow, width),
     )
+
+
+def _floor_ms(architecture: Architecture, batch: int, timed: _Timed, width: int) -> float:
+    moved = [architecture.step_bytes(middle, batch=batch, width=width) for middle in timed.plan.middles]
+    return 1e3 * float(np.mean(moved)) / timed.bandwidth.read
+
+
+def _full(timed: _Timed, strata_seconds: float) -> FullRun | None:
+    if timed.full is None:
+        return None
+    stretches, wall = timed.full
+    seconds = sum(taken for _, taken in stretches)
+    return FullRun(
+        seconds=seconds,
+        wall_seconds=wall,
+        stretch=stretches[0][0],
+        curve_ms=tuple(1e3 * taken / steps for steps, taken in stretches),
+        strata_error=abs(strata_seconds - seconds) / seconds,
+    )
+
+
+def _notes(architecture: Architecture, timed: _Timed, narrow: bool, width: int) -> tuple[str, ...]:
+    notes = list(timed.watch.notes)
+    if timed.info.kind == "cuda" and not narrow:
+        notes.append("noisy: the interval of the median did not become narrow")
+    if architecture.step_bytes(0, width=width) < timed.info.l2:
+        notes.append("weights and state live in the GPU's cache: the floor, which counts memory, does not hold")
+    return tuple(dict.fromkeys(notes))
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -192,8 +240,9 @@ def _check_fits(
     """Refuse before anything is allocated: weights, state, and the logits of a step and of the check."""
     state = architecture.state_bytes(config.tokens, batch=config.batch, width=dtype.itemsize)
     logits = (2 * config.batch + 2 * CHECKED_TOKENS) * architecture.vocab_size * 4
-    # On a GPU the runtime keeps merged copies of the weights beside the model.
+    # On a GPU the runtime keeps merged copies of the weights beside the model, and the check a state of one sequence.
     copies = int(weights) + int(device.type == "cuda")
-    needed = state + logits + copies * architecture.parameters * dtype.itemsize
+    check = architecture.state_bytes(config.tokens, width=dtype.itemsize) if device.type == "cuda" else 0
+    needed = state + check + logits + copies * architecture.parameters * dtype.itemsize
     what = f"decoding {config.tokens} tokens at batch {config.batch} with {architecture.parameters:,} parameters"
     require_memory(device, needed, what)

@@ -1,14 +1,12 @@
-"""The device that measures: what it is, how much memory is free, and who may time on it."""
+"""The device that measures: what it is, how much memory is free, and what its failures mean."""
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
 import platform
 import re
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +15,14 @@ from typing import Literal
 import psutil
 import torch
 
+from archsearch.environment import package_version
 from archsearch.errors import EnvironmentUnfit, UsageError
+from archsearch.latency.lock import device_key
 from archsearch.latency.nvml import ask_nvml
 from archsearch.schema import Frozen
 
 _CGROUP = Path("/sys/fs/cgroup")
+_FAILURE = re.compile(r"CUDA error|CUDA driver|cudaError|device-side assert|No CUDA GPUs", re.IGNORECASE)
 
 
 class DoesNotFit(EnvironmentUnfit):
@@ -29,14 +30,22 @@ class DoesNotFit(EnvironmentUnfit):
 
 
 class DeviceInfo(Frozen):
-    """What a measurement ran on. ``memory`` is in bytes; ``uuid`` is a GPU's."""
+    """What a measurement ran on.
+
+    Attributes:
+        memory: bytes.
+        cores: processor cores, or multiprocessors of a GPU.
+        l2: bytes of a GPU's last cache; 0 where it is not known.
+        uuid_hash: tells GPUs apart without naming them.
+    """
 
     name: str
     kind: Literal["cpu", "cuda"]
     memory: int
     cores: int
+    l2: int = 0
     driver: str = ""
-    uuid: str = ""
+    uuid_hash: str = ""
     versions: dict[str, str] = {}
     notes: tuple[str, ...] = ()
 
@@ -72,6 +81,7 @@ def device_name(device: torch.device) -> str:
 def describe(device: torch.device) -> DeviceInfo:
     """Name, memory, driver and library versions of ``device``."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or ""}
+    versions["triton"] = package_version("triton") or ""
     if device.type == "cpu":
         memory = psutil.virtual_memory().total
         return DeviceInfo(name=device_name(device), kind="cpu", memory=memory, cores=_cores(), versions=versions)
@@ -82,8 +92,9 @@ def describe(device: torch.device) -> DeviceInfo:
         kind="cuda",
         memory=properties.total_memory,
         cores=properties.multi_processor_count,
+        l2=getattr(properties, "L2_cache_size", 0),
         driver=driver or "",
-        uuid=gpu_uuid(device),
+        uuid_hash=hashlib.sha256(device_key(device).encode()).hexdigest()[:12],
         versions=versions,
         notes=(note,) if note else (),
     )
@@ -99,11 +110,6 @@ def _cpu_name() -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def gpu_uuid(device: torch.device) -> str:
-    """The name by which NVML knows a GPU, whatever CUDA_VISIBLE_DEVICES says."""
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 # Memory
@@ -135,33 +141,21 @@ def require_memory(device: torch.device, needed: int, what: str) -> None:
         raise DoesNotFit(cause, "use a smaller model, batch or number of tokens, or a larger device")
 
 
-# One measurement at a time
-
-
 @contextmanager
-def exclusive(device: torch.device) -> Iterator[float]:
-    """Hold the machine's one right to time on ``device``; gives the seconds waited for it.
+def device_errors(device: torch.device) -> Iterator[None]:
+    """Turn what CUDA says of a full, lost or broken GPU into errors with a remedy.
 
-    The kernel takes the lock back when its holder dies. All users of the machine share it.
+    Raises:
+        DoesNotFit: memory ran out after all.
+        EnvironmentUnfit: the GPU vanished, or its context is broken.
     """
-    key = gpu_uuid(device) if device.type == "cuda" else "cpu"
-    handle = _open_lock(Path(tempfile.gettempdir()) / f"archsearch-timing-{key}.lock")
     try:
-        start = time.perf_counter()
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield time.perf_counter() - start
-    finally:
-        os.close(handle)
-
-
-def _open_lock(path: Path) -> int:
-    # Opening another user's file in a sticky folder with O_CREAT is refused, reading it is not.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    for extra in (0, os.O_CREAT):
-        try:
-            return os.open(path, flags | extra, 0o644)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise EnvironmentUnfit(f"cannot open {path}: {error.strerror}", "remove that file") from None
-    raise EnvironmentUnfit(f"cannot create {path}", "check the folder for temporary files")
+        yield
+    except torch.OutOfMemoryError as error:
+        cause = f"{device} ran out of memory: {str(error).splitlines()[0]}"
+        raise DoesNotFit(cause, "use a smaller model, batch or number of tokens, or a larger device") from error
+    except RuntimeError as error:
+        if device.type != "cuda" or not _FAILURE.search(str(error)):
+            raise
+        cause = f"{device} failed: {str(error).splitlines()[0]}"
+        raise EnvironmentUnfit(cause, "see nvidia-smi and the kernel's log, then start a new process") from error

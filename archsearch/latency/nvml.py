@@ -50,6 +50,18 @@ def ask_nvml(question: Callable[[Any], T]) -> tuple[T | None, str]:
     return box[0] if box else (None, f"NVML did not answer within {NVML_TIMEOUT:g} s")
 
 
+def peak_bandwidth(uuid: str) -> float:
+    """Bytes a second that a GPU's memory clock and bus allow; 0 where NVML does not say."""
+    found, _ = ask_nvml(lambda nvml: _read_peak(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)))
+    return found or 0.0
+
+
+def _read_peak(nvml: Any, handle: Any) -> float:
+    clock = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)
+    # two transfers a clock
+    return float(2 * clock * 1e6 * nvml.nvmlDeviceGetMemoryBusWidth(handle) / 8)
+
+
 def gpu_state(uuid: str) -> tuple[GpuState | None, str]:
     """Clocks, power, throttling and processes of a GPU, or None and the reason; never asked while timing."""
     return ask_nvml(lambda nvml: _read_state(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from archsearch.errors import UsageError
-from archsearch.model.hybrid import HybridLM
+from archsearch.model.hybrid import DecodeState, HybridLM
 
 
 class Runtime(Protocol):
@@ -22,11 +22,15 @@ class Runtime(Protocol):
         path: which implementation runs.
         token: int64 [B], the token that the next step reads: what the last one chose.
         logits: [B, vocab], those of the last step.
+        kernels: launches of one operator of each kind, and of ``head``; empty where nobody counts them.
     """
 
     path: str
     token: Tensor
     logits: Tensor
+
+    @property
+    def kernels(self) -> dict[str, int]: ...
 
     def begin(self) -> None:
         """Forget all tokens; meta tokens are read again."""
@@ -34,6 +38,10 @@ class Runtime(Protocol):
 
     def feed(self, token: Tensor) -> None:
         """Make ``token`` [B] the one that the next step reads."""
+        ...
+
+    def load(self, state: DecodeState, token: Tensor) -> None:
+        """Go on from ``state``, of this batch or of one sequence for all, with ``token`` [B]."""
         ...
 
     def seek(self, tokens: int) -> None:
@@ -57,6 +65,7 @@ class TorchRuntime:
     """The model's own step, launched from Python. ``tokens`` is the capacity of its state."""
 
     path = "torch step"
+    kernels: dict[str, int] = {}
 
     def __init__(self, model: HybridLM, batch: int, tokens: int) -> None:
         weight = model.embed_tokens.weight
@@ -70,6 +79,13 @@ class TorchRuntime:
 
     def feed(self, token: Tensor) -> None:
         self.token.copy_(token)
+
+    def load(self, state: DecodeState, token: Tensor) -> None:
+        self.state.position.copy_(state.position)
+        for layer, source in zip(self.state.layers, state.layers, strict=True):
+            for name, buffer in layer.items():
+                buffer.copy_(source[name])
+        self.feed(token)
 
     def seek(self, tokens: int) -> None:
         room = self.state.capacity - self.model.n_meta

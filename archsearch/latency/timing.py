@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +14,7 @@ import torch
 
 from archsearch.config import LatencyConfig
 from archsearch.latency.runtime import Runtime
+from archsearch.latency.samples import summarize
 
 GROUP = 8
 """Replays between two events on a GPU: one event a step would be a part of what it times."""
@@ -55,6 +58,16 @@ def make_plan(config: LatencyConfig) -> Plan:
     return Plan(starts, steps, width)
 
 
+def fitted(plan: Plan, step_seconds: float) -> Plan:
+    """``plan`` with so many steps a stratum that a pass stays within a third of ``BUDGET``; one at least."""
+    most = int(BUDGET / 3 / (step_seconds * len(plan.starts)))
+    if plan.steps <= most:
+        return plan
+    steps = max(1, most)
+    starts = tuple(middle - steps // 2 for middle in plan.middles)
+    return Plan(starts, steps, plan.width)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive timed steps: seconds of each, and the share of them that the CPU spent on this thread."""
@@ -96,6 +109,48 @@ def _time_on_gpu(runtime: Runtime, steps: int) -> Run:
     return Run(seconds, [1.0] * len(groups))
 
 
+STRETCH = 512
+"""Steps between two events of a run over all tokens."""
+
+
+def time_all(runtime: Runtime, tokens: int) -> tuple[list[tuple[int, float]], float]:
+    """Decode ``tokens`` tokens from the start: (steps, seconds) of each stretch, and seconds by the wall clock."""
+    runtime.begin()
+    runtime.step()
+    runtime.begin()
+    stretches = [min(STRETCH, tokens - first) for first in range(0, tokens, STRETCH)]
+    cuda = runtime.token.is_cuda
+    if cuda:
+        torch.cuda.synchronize()
+    begun, marks = time.perf_counter(), [_mark(cuda)]
+    for stretch in stretches:
+        for _ in range(stretch):
+            runtime.step()
+        marks.append(_mark(cuda))
+    if cuda:
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - begun
+    return [
+        (stretch, _between(*pair)) for stretch, pair in zip(stretches, itertools.pairwise(marks), strict=True)
+    ], wall
+
+
+def _mark(cuda: bool) -> Any:
+    """A moment: an event on a GPU, seconds on a CPU."""
+    if not cuda:
+        # One thread: what its core spent on it, as other processes may have had the core in between.
+        return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(start, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1e3
+    return float(end - start)
+
+
 def undisturbed(runs: Sequence[Run]) -> npt.NDArray[np.float64]:
     """Seconds a step, those aside during which the kernel gave the core to another process.
 
@@ -126,21 +181,35 @@ def warm_up(runtime: Runtime, plan: Plan) -> bool:
     return False
 
 
-def time_strata(runtime: Runtime, plan: Plan, repeats: int) -> list[list[Run]]:
-    """Runs of each stratum: ``repeats`` passes over all strata, more while too many steps are disturbed.
+def time_strata(
+    runtime: Runtime, plan: Plan, repeats: int, between: Callable[[], None] = lambda: None
+) -> list[list[Run]]:
+    """Runs of each stratum: ``repeats`` passes over all strata, more while the result is not sure enough.
 
-    The passes are what spreads a disturbance over the strata. Ends early when ``BUDGET`` is spent.
+    That is, on a GPU, until the interval of the median is narrow; on a CPU, until enough steps were undisturbed.
+    The passes are what spreads a disturbance over the strata. ``between`` is called after each; ends early when
+    ``BUDGET`` is spent.
     """
+    sure = _narrow if runtime.token.is_cuda else _undisturbed
     runs: list[list[Run]] = [[] for _ in plan.starts]
     end = time.perf_counter() + BUDGET
     for turn in range(MOST_TURNS * repeats):
         if turn and time.perf_counter() > end:
             break
-        if turn >= repeats and all(_enough(stratum, repeats) for stratum in runs):
+        if turn >= repeats and sure(runs, repeats):
             break
         for start, stratum in zip(plan.starts, runs, strict=True):
             stratum.append(time_steps(runtime, start, plan.steps))
+        between()
     return runs
+
+
+def _narrow(runs: Sequence[Sequence[Run]], repeats: int) -> bool:
+    return summarize([undisturbed(stratum) for stratum in runs], 0).narrow
+
+
+def _undisturbed(runs: Sequence[Sequence[Run]], repeats: int) -> bool:
+    return all(_enough(stratum, repeats) for stratum in runs)
 
 
 def _enough(stratum: Sequence[Run], repeats: int) -> bool:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from archsearch.errors import ArchsearchError
-from archsearch.latency.nvml import GpuState
 from archsearch.latency.runtime import Runtime
 from archsearch.model.hybrid import HybridLM
 
@@ -20,6 +19,10 @@ class InvalidMeasurement(ArchsearchError):
     """A latency was measured that cannot be trusted."""
 
     exit_code = 4
+
+
+class Disturbed(InvalidMeasurement):
+    """The device was not left alone: measuring again may help."""
 
 
 def check_runtime(runtime: Runtime, model: HybridLM, batch: int, tokens: int) -> float:
@@ -46,12 +49,69 @@ def check_runtime(runtime: Runtime, model: HybridLM, batch: int, tokens: int) ->
         runtime.step()
         errors.append(_error(runtime.logits[rows], expected[:, index]))
         _check_moved_on(runtime, index + 1)
+    return _worst(errors, runtime)
+
+
+def _worst(errors: list[float], runtime: Runtime) -> float:
     worst = float(np.max(errors))  # unlike Python's max, NaN wins
     if not worst <= TOLERANCE[runtime.logits.dtype]:
         raise InvalidMeasurement(
             f"decode steps ({runtime.path}) give other logits than the forward pass: relative error {worst:.2g}",
             "report this with the architecture: one of the two is wrong",
         )
+    return worst
+
+
+def check_depth(runtime: Runtime, model: HybridLM, tokens: int) -> float:
+    """Compare one step deep in the cache with the model's own, from the same state of random numbers.
+
+    The forward pass of ``check_runtime`` is short; this is where the cache is split among many programs.
+
+    Returns:
+        The largest relative error of the logits, over all sequences, in the middle and at the last position.
+
+    Raises:
+        InvalidMeasurement: the two do not agree.
+    """
+    weight = model.embed_tokens.weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    state = model.allocate_state(1, tokens)
+    for layer in state.layers:
+        for buffer in layer.values():
+            buffer.normal_(generator=generator)
+    errors = []
+    for depth in sorted({tokens // 2, tokens - 1}):
+        state.position.fill_(depth + model.n_meta)
+        token = torch.randint(len(weight), (1,), device=weight.device, generator=generator)
+        runtime.load(state, token.expand(len(runtime.token)))
+        runtime.step()
+        errors.append(_error(runtime.logits, model.step(token, state)))
+        _check_moved_on(runtime, depth + 1)
+    return _worst(errors, runtime)
+
+
+def check_prefill(model: HybridLM, path: str, length: int) -> float:
+    """Compare a prompt through the implementation ``path`` with the plain-torch reference.
+
+    Returns:
+        The largest relative error, of the logits and of each state buffer.
+
+    Raises:
+        InvalidMeasurement: the two do not agree.
+    """
+    weight = model.embed_tokens.weight
+    tokens = torch.randint(len(weight), (1, length), generator=torch.Generator().manual_seed(0)).to(weight.device)
+
+    def prefilled(path: str) -> list[Tensor]:
+        state = model.use(path).allocate_state(1, length)
+        logits = model.prefill(tokens, state)
+        return [logits, *(buffer.flatten() for layer in state.layers for buffer in layer.values())]
+
+    pairs = zip(prefilled("torch"), prefilled(path), strict=True)
+    worst = float(np.max([_error(found, expected) for expected, found in pairs]))
+    if not worst <= TOLERANCE[weight.dtype]:
+        cause = f"prefill ({path}) gives other logits or states than the reference: relative error {worst:.2g}"
+        raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
     return worst
 
 
@@ -73,10 +133,7 @@ def check_position(runtime: Runtime, expected: int) -> None:
         raise InvalidMeasurement(cause, "report this: steps were lost or repeated")
 
 
-def check_end(runtime: Runtime, states: list[GpuState]) -> None:
-    """Raise InvalidMeasurement if the last logits are not finite or the GPU slowed itself down."""
+def check_end(runtime: Runtime) -> None:
+    """Raise InvalidMeasurement if the last logits are not finite."""
     if not bool(torch.isfinite(runtime.logits).all()):
         raise InvalidMeasurement("decoding ended in NaN or infinity", "check the architecture's operators")
-    if reasons := [reason for state in states for reason in state.hard_throttle]:
-        cause = f"the GPU throttled while it was timed: {', '.join(sorted(set(reasons)))}"
-        raise InvalidMeasurement(cause, "let it cool down or mend its power supply, then measure again")

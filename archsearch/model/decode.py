@@ -16,8 +16,9 @@ from torch import Tensor
 from archsearch.errors import EnvironmentUnfit, UsageError
 from archsearch.model.hybrid import DecodeState, HybridLM, Residual
 from archsearch.model.kernels import TORCH, TRITON, Kernels
-from archsearch.model.kernels.chains import Chain, Workspace, build_chain
-from archsearch.model.kernels.projection import Norm, head_parts
+from archsearch.model.kernels.chains import build_chain
+from archsearch.model.kernels.projection import Norm, head_parts, kernel_count
+from archsearch.model.kernels.workspace import Chain, Workspace
 
 WARM_UP = 3
 """Steps run before a capture: each kernel is compiled and loaded by then."""
@@ -106,10 +107,12 @@ class DecodePlan:
     def load(self, state: DecodeState, token: Tensor) -> None:
         """Go on from ``state``, as ``HybridLM.prefill`` or ``begin`` left it, with ``token`` [B].
 
+        A state of one sequence becomes that of all.
+
         Raises:
             UsageError: a state of another batch or capacity.
         """
-        if (state.batch, state.capacity) != (self.batch, self.capacity):
+        if state.batch not in (1, self.batch) or state.capacity != self.capacity:
             mismatch = f"a state of {state.batch} x {state.capacity} for a plan of {self.batch} x {self.capacity}"
             raise UsageError(mismatch, "allocate the state with the plan's batch and length")
         self._copy(state)
@@ -120,7 +123,7 @@ class DecodePlan:
         self.position.copy_(state.position)
         for chain, source in zip(self.chains, state.layers, strict=True):
             for name, buffer in source.items():
-                if name == "conv":
+                if name == "conv" and not chain.plain:
                     _fill_ring(chain.state[name], buffer, int(state.position))
                 elif name in ("k", "v"):
                     chain.state[name][:, :, : buffer.shape[2]] = buffer
@@ -135,12 +138,20 @@ class DecodePlan:
     @property
     def kernels(self) -> dict[str, int]:
         """Kernels of one operator of each kind, and of ``head`` (head, choice and look-up)."""
-        return {chain.kind: len(chain.launches) for chain in (*self.chains, self._end)}
+        return {chain.kind: self._count(chain) for chain in (*self.chains, self._end)}
 
     @property
     def kernels_per_token(self) -> int:
         """Kernels of one step."""
-        return sum(len(chain.launches) for chain in (*self.chains, self._end))
+        return sum(self._count(chain) for chain in (*self.chains, self._end))
+
+    def _count(self, chain: Chain) -> int:
+        return sum(kernel_count(launch, self.batch) for launch in chain.launches)
+
+    @property
+    def plain(self) -> set[str]:
+        """The kinds of operators that have no kernels and run their own plain-torch step."""
+        return {chain.kind for chain in self.chains if chain.plain}
 
     @property
     def operators(self) -> Counter[str]:
@@ -158,6 +169,7 @@ class DecodeGraph:
 
     Attributes:
         plan: what was captured.
+        path: what runs.
         steps: tokens that each ``step`` decodes.
         logits: [B, vocab], of the last token.
         token: [B] in int64, the token chosen last.
@@ -167,14 +179,14 @@ class DecodeGraph:
         UsageError: see ``DecodePlan``; or fewer than one step.
     """
 
-    path = "Triton kernels, CUDA graph"
-
     def __init__(self, model: HybridLM, batch: int, tokens: int, steps: int = 1) -> None:
         if not model.embed_tokens.weight.is_cuda:
             raise EnvironmentUnfit("CUDA graphs need a model on an NVIDIA GPU", "move the model there")
         if steps < 1:
             raise UsageError(f"a graph of {steps} steps", "capture at least one")
         self.plan = DecodePlan(model, batch, tokens)
+        plain = f", plain torch for {' '.join(sorted(self.plan.plain))}" if self.plan.plain else ""
+        self.path = f"Triton kernels{plain}, CUDA graph"
         self.steps, self.logits, self.token = steps, self.plan.logits, self.plan.token
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.logits.device):
@@ -193,6 +205,11 @@ class DecodeGraph:
             for _ in range(self.steps):
                 self.plan.step()
 
+    @property
+    def kernels(self) -> dict[str, int]:
+        """See ``DecodePlan.kernels``."""
+        return self.plan.kernels
+
     def begin(self) -> None:
         """See ``DecodePlan.begin``."""
         self.plan.begin()
@@ -200,6 +217,10 @@ class DecodeGraph:
     def feed(self, token: Tensor) -> None:
         """See ``DecodePlan.feed``."""
         self.plan.feed(token)
+
+    def load(self, state: DecodeState, token: Tensor) -> None:
+        """See ``DecodePlan.load``."""
+        self.plan.load(state, token)
 
     def seek(self, tokens: int) -> None:
         """See ``DecodePlan.seek``."""

@@ -101,6 +101,31 @@ def gla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, keep: bool) -> tuple[
     return chunk(q, k, v, decay.float(), output_final_state=keep, state_v_first=True)
 
 
+def kda(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, a_log: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi Delta Attention with normalised ``q`` and ``k``, and gates as projected: ``beta`` [B, T, H] before
+    sigmoid, ``decay`` [B, T, H, K] before softplus.
+    """
+    chunk = operator("fla.ops.kda.chunk:chunk_kda")
+    return chunk(
+        q, k, v, decay, beta, output_final_state=keep, state_v_first=True, use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True, A_log=a_log, dt_bias=dt_bias,
+    )  # fmt: skip
+
+
+def rwkv7(
+    r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, strongest: float, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """RWKV-7's recurrence, its log decays at least ``strongest``; shapes as in ``dplr_chunked``."""
+    chunk = operator("fla.ops.rwkv7.chunk:chunk_rwkv7")
+    # with decays this weak a chunk of 64 stays in the range of the matrix units
+    o, state = chunk(
+        r, decay, k, v, a, b, scale=1.0, output_final_state=keep, safe_gate=True, lower_bound=strongest, chunk_size=64
+    )
+    return o, state.mT if keep else None
+
+
 def ssd(
     c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, dt_bias: Tensor, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -141,6 +166,29 @@ def ssd_linear(
     scaled = x * step[..., None].to(x.dtype)
     o, state = chunk(c, b, scaled, step * rate, scale=1.0, output_final_state=keep, state_v_first=True)
     return o + skip.to(o.dtype)[:, None] * x, state
+
+
+def selective_scan(
+    c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, z: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state if ``keep``.
+
+    Args:
+        c: [B, T, state], reads the state.
+        b: [B, T, state], writes to it.
+        x: [B, T, inner].
+        dt: [B, T, inner] before bias and softplus.
+        rate: [inner, state], A (negative), fp32.
+        skip: [inner], D, fp32.
+        z: [B, T, inner].
+        dt_bias: [inner], fp32.
+        keep: whether to return the state after the last token.
+    """
+    scan = operator("mamba_ssm.ops.selective_scan_interface:selective_scan_fn")
+    x, dt, b, c, z = (t.mT.contiguous() for t in (x, dt, b, c, z))
+    found = scan(x, dt, rate, b, c, skip, z, dt_bias, delta_softplus=True, return_last_state=keep)
+    o, state = found if keep else (found, None)
+    return o.mT, state
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def prepare(model: HybridLM, path: str, device: torch.device, dtype: torch.dtype
                 "set proxy.dtype=bfloat16, or proxy.kernels=torch for the slow reference",
             )
         for layer in model.layers:
+            layer.op.require()
             refuse_unsupported(layer.op.unsupported(), layer.kind)
         hidden = model.architecture.hidden_size
         operators = [(config, hidden) for config in dict.fromkeys(model.architecture.operators)]

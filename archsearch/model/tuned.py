@@ -73,13 +73,18 @@ class Choice:
         if Choice.tuning:
             self.alone = False
             return _compiled(self.tuner, _worth_trying(allowed), kwargs)
-        key, best = self._key(kwargs), (math.inf, None)
-        for known, config in {**self.known, **self.tuner.cache}.items():
-            distance = _distance(key, known)
-            if distance < best[0] and config in allowed:
-                best = distance, config
-        self.alone = best[1] is not None
-        return allowed if best[1] is None else [best[1]]
+        key, known = self._key(kwargs), {**self.known, **self.tuner.cache}
+        near = ((_distance(key, other), at) for at, other in enumerate(known))
+        choices = [list(known.values())[at] for distance, at in sorted(near) if distance < math.inf]
+        found = (config for config in dict.fromkeys(choices) if config in allowed and self._fits(config, kwargs))
+        best = next(found, None)
+        self.alone = best is not None
+        return allowed if best is None else [best]
+
+    def _fits(self, config: triton.Config, kwargs: dict[str, Any]) -> bool:
+        """Whether this device has the shared memory: what was best at a smaller shape may ask for too much here."""
+        kernel = self.tuner.fn.run(**self.tuner.nargs, **{**kwargs, "warmup": True}, **config.all_kwargs())
+        return bool(kernel.metadata.shared <= _shared_memory())
 
     def bench(self, call: Callable[[], None], quantiles: tuple[float, ...]) -> list[float]:
         """Seconds of a kernel; one that is alone is the best, and not run for it."""
@@ -112,6 +117,13 @@ def _worth_trying(configs: list[triton.Config]) -> list[triton.Config]:
     """All of a few; of many only those with several warps and less than four stages, which are best nearly always."""
     likely = [config for config in configs if config.num_warps > 1 and config.num_stages < 4]
     return likely if len(configs) > MANY and likely else configs
+
+
+@functools.cache
+def _shared_memory() -> int:
+    """Bytes of shared memory that a kernel may ask of this device."""
+    device = driver.active.get_current_device()
+    return int(driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def _compiled(tuner: Autotuner, configs: list[triton.Config], kwargs: dict[str, Any]) -> list[triton.Config]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gd": {"head_dim": 96, "heads": 8},
     "m2": {"groups": 2},
 }
-KINDS = "a d gd gl m2 f w"
+KINDS = "a d gd kda gl r7 hg m m2 f w"
 VOCABULARY, LENGTH, PROMPT = 5000, 90, 40
 
 
@@ -37,8 +38,10 @@ def relative(found: torch.Tensor, want: torch.Tensor) -> float:
     return float(((found.float() - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 
-@pytest.mark.parametrize("kinds", [*KINDS.split(), KINDS])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("kinds", "batch"),
+    [*itertools.product([*KINDS.split(), KINDS], [1, 3]), (KINDS, 17), (KINDS, 40), (KINDS, 70)],
+)
 @torch.no_grad()
 def test_graph_follows_the_model(kinds: str, batch: int) -> None:
     """From a prefill on, with the unused part of every cache poisoned, as near to fp32 as the bf16 forward is."""

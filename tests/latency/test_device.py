@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from archsearch.latency import nvml
 from archsearch.latency.device import (
     DoesNotFit,
     describe,
-    exclusive,
+    device_errors,
     free_memory,
     require_memory,
     resolve_device,
@@ -131,49 +128,23 @@ def test_only_hard_throttling_counts() -> None:
     assert quiet.model_copy(update={"throttle": 0x48}).hard_throttle == ["slowdown", "thermal (hardware)"]
 
 
-# The lock
+# Failures of the device
 
 
-def hold(folder: str, held: object, release: object) -> None:
-    tempfile.tempdir = folder
-    with exclusive(CPU):
-        held.set()  # type: ignore[attr-defined]
-        release.wait(30)  # type: ignore[attr-defined]
+def test_full_gpu_does_not_fit() -> None:
+    with pytest.raises(DoesNotFit, match="ran out of memory: CUDA out of memory"), device_errors(CPU):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
 
-def holder(tmp_path: Path) -> tuple[multiprocessing.Process, object]:
-    context = multiprocessing.get_context("fork")
-    held, release = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(str(tmp_path), held, release))
-    process.start()
-    assert held.wait(30)
-    return process, release
+@pytest.mark.parametrize(
+    "message", ["CUDA error: device lost", "CUDA driver error: unknown", "No CUDA GPUs are available"]
+)
+def test_lost_gpu_is_no_bug(message: str) -> None:
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(EnvironmentUnfit, match="cuda:0 failed"), device_errors(gpu):
+        raise RuntimeError(message)
 
 
-def test_two_processes_never_time_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    process, release = holder(tmp_path)
-    threading.Timer(0.3, release.set).start()  # type: ignore[attr-defined]
-    with exclusive(CPU) as waited:
-        assert waited > 0.2
-    process.join(30)
-    with exclusive(CPU) as waited:
-        assert waited < 0.2
-
-
-def test_lock_of_a_killed_process_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    process, _ = holder(tmp_path)
-    process.kill()
-    process.join(30)
-    start = time.monotonic()
-    with exclusive(CPU):
-        assert time.monotonic() - start < 10
-
-
-def test_lock_file_that_is_a_link_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "archsearch-timing-cpu.lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(EnvironmentUnfit, match="cannot open"), exclusive(CPU):
-        pass
-    assert not (tmp_path / "elsewhere").exists()
+def test_other_failures_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), device_errors(torch.device("cuda", 0)):
+        raise RuntimeError("shapes do not match")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from archsearch.config import LatencyConfig
 from archsearch.latency import timing
-from archsearch.latency.timing import Run, integrate, interrupted, make_plan, time_strata, undisturbed, warm_up
+from archsearch.latency.timing import Run, fitted, integrate, interrupted, make_plan, time_strata, undisturbed, warm_up
 
 
 class Scripted:
@@ -42,6 +42,15 @@ def test_plan_stays_inside_the_capacity(tokens: int, strata: int, steps: int) ->
 def test_plan_takes_the_middle_of_each_stratum() -> None:
     plan = make_plan(LatencyConfig(tokens=8192, strata=16, steps=64))
     assert plan.middles == tuple(range(256, 8192, 512))
+
+
+def test_slow_steps_make_a_plan_shorter_around_the_same_middles() -> None:
+    plan = make_plan(LatencyConfig(tokens=8192, strata=16, steps=64))
+    assert fitted(plan, 1e-3) == plan
+    short = fitted(plan, 0.1)
+    assert short.steps == int(timing.BUDGET / 3 / 1.6)
+    assert short.middles == plan.middles
+    assert fitted(plan, 1e3).steps == 1
 
 
 def test_short_runs_time_every_position() -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archsearch.model import fla_ops, self_check
+from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, ssd_chunked
 from archsearch.model.fused import convolution, decay, heads, norm, residual, swiglu
 from archsearch.model.layers import LAYERS
 from archsearch.model.layers.attention import windowed_attention
-from archsearch.model.recurrence import delta_rule_chunked, gla_chunked, ssd_chunked
 from archsearch.operators import FFN, OPERATORS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,7 +96,7 @@ def test_convolve(length, dims, taps, bias, normed):
 
 
 @interpreted
-@pytest.mark.parametrize("gate", ["none", "after", "before"])
+@pytest.mark.parametrize("gate", ["none", "after", "before", "sigmoid"])
 @pytest.mark.parametrize(("shape", "gains"), [((2, 3, 40), 40), ((2, 5, 3, 8), 8), ((2, 5, 3, 8), 24), ((1, 1, 9), 9)])
 def test_norm(gate, shape, gains):
     inputs = [draw(*shape[:-1], 2 * shape[-1], seed=0), draw(gains, seed=1), draw(*shape, seed=2)]
@@ -105,7 +105,9 @@ def test_norm(gate, shape, gains):
         def call(x):
             first = x[0].unflatten(-1, (2, -1))[..., 1, :]
             given = None if gate == "none" else x[2]
-            return [function(first, x[1], 1e-6, given, gate_first=gate == "before"), x[2]]
+            activation = "sigmoid" if gate == "sigmoid" else "silu"
+            normed = function(first, x[1], 1e-6, given, gate_first=gate == "before", activation=activation)
+            return [normed, x[2]]
 
         return call
 
@@ -132,6 +134,10 @@ def without_library(monkeypatch) -> None:
         decay = -a_log.exp() * F.softplus(decay.float() + dt_bias)
         return delta_rule_chunked(q, k, v, beta.float().sigmoid(), decay)
 
+    def kda(q, k, v, beta, decay, a_log, dt_bias, *, keep):
+        decay = -a_log.exp()[:, None] * F.softplus(decay.float() + dt_bias.unflatten(0, (len(a_log), -1)))
+        return delta_rule_chunked(q, k, v, beta.float().sigmoid(), decay)
+
     def ssd(c, b, x, dt, rate, skip, dt_bias, *, keep):
         dt = F.softplus(dt.float() + dt_bias)
         o, state = ssd_chunked(c, b, x * dt[..., None], dt * rate)
@@ -146,6 +152,8 @@ def without_library(monkeypatch) -> None:
 
     monkeypatch.setattr(fla_ops, "delta_rule", lambda *args, keep: halved(delta_rule_chunked(*args)))
     monkeypatch.setattr(fla_ops, "gated_delta_rule", lambda *args, keep: halved(gated(*args, keep=keep)))
+    monkeypatch.setattr(fla_ops, "kda", lambda *args, keep: halved(kda(*args, keep=keep)))
+    monkeypatch.setattr(fla_ops, "rwkv7", lambda *args, keep: halved(dplr_chunked(*args[:-1])))
     monkeypatch.setattr(fla_ops, "gla", lambda *args, keep: halved(gla_chunked(*args)))
     monkeypatch.setattr(fla_ops, "ssd", ssd)
     monkeypatch.setattr(fla_ops, "attention", attention)
@@ -162,7 +170,10 @@ CASES = [
     ("m2", 32, {"head_dim": 8, "state": 16, "groups": 2}),
     ("d", 32, {"head_dim": 8, "heads": 3, "conv": 3}),
     ("gd", 32, {"head_dim": 8, "expand_v": 1.5, "heads": 3}),
+    ("kda", 32, {"head_dim": 8, "expand_v": 1.5, "heads": 3, "gate_rank": 5}),
     ("gl", 64, {"head_dim": 16, "gate_rank": 5}),
+    ("r7", 32, {"head_dim": 8}),
+    ("hg", 32, {"head_dim": 16}),
     ("f", 32, {"multiple_of": 8}),
 ]
 

@@ -111,3 +111,14 @@ def test_agreement_names_the_worst():
     assert found.worst == "input"
     assert not found.sound
     assert Agreement({"output": 0.01}).sound
+
+
+def test_mamba_without_its_extension_is_refused_by_name(hopper, monkeypatch):
+    model = build_model(make_architecture(hidden_size=64, vocab_size=32, operators="m"))
+    monkeypatch.setattr("archsearch.model.layers.mamba.installed", lambda name: name == "mamba_ssm")
+    with pytest.raises(EnvironmentUnfit, match=r"operator m .* selective_scan_cuda cannot be imported") as error:
+        prepared(model)
+    assert "choose m2" in error.value.remedy
+    assert model.paths() == {"m": "torch"}
+    monkeypatch.setattr("archsearch.model.layers.mamba.installed", lambda name: True)
+    assert prepared(model).paths() == {"m": "mamba-ssm selective_scan_cuda"}

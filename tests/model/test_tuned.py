@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,8 +28,10 @@ class Kernel:
     def __init__(self) -> None:
         self.launched: list[int] = []
 
-    def run(self, *args, **kwargs):
-        self.launched.append(kwargs["BK"])
+    def run(self, *args, warmup=False, **kwargs):
+        if not warmup:
+            self.launched.append(kwargs["BK"])
+        return SimpleNamespace(metadata=SimpleNamespace(shared=1000 * kwargs["BK"]))
 
 
 def make_tuner(prune=None) -> Autotuner:
@@ -40,6 +43,11 @@ def make_tuner(prune=None) -> Autotuner:
     tuner = Autotuner(kernel, names, [SMALL, LARGE], names[1:], None, None, prune_configs_by=pruning)
     tuner.fn = Kernel()
     return tuner
+
+
+@pytest.fixture(autouse=True)
+def _memory(monkeypatch):
+    monkeypatch.setattr(tuned, "_shared_memory", lambda: 100_000)
 
 
 @pytest.fixture
@@ -74,6 +82,11 @@ def test_the_librarys_pruning_comes_first(monkeypatch):
     installed(tuner, monkeypatch)
     assert launch(tuner, 16, 64) == [32]
     assert launch(tuner, 16, 128) == [64]
+
+
+def test_what_asks_for_more_memory_than_there_is_is_passed_over(tuner, monkeypatch):
+    monkeypatch.setattr(tuned, "_shared_memory", lambda: 40_000)
+    assert launch(tuner, 16, 128) == [32]
 
 
 def test_a_key_that_is_not_alike_is_tuned_once_and_then_serves_its_likes(tuner, monkeypatch):

@@ -1,4 +1,4 @@
-"""RMSNorm of rows, of heads or of groups of channels, with a SiLU gate behind it or before it."""
+"""RMSNorm of rows, of heads or of groups of channels, with a gate behind it or before it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ TILE = 4096
 PROGRAMS = 1024
 """Programs of the backward pass: each adds up its share of the gain's gradient in registers."""
 
-GATE_AFTER, GATE_BEFORE = 1, 2
+GATE_AFTER, GATE_BEFORE, SIGMOID_AFTER = 1, 2, 3
 
 
 def norm_reference(
-    x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, *, gate_first: bool = False
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None = None,
+    *,
+    gate_first: bool = False,
+    activation: str = "silu",
 ) -> Tensor:
     """``rms_norm(x) * weight``, times ``silu(gate)``; with ``gate_first`` the gate multiplies ``x`` instead.
 
@@ -31,6 +37,7 @@ def norm_reference(
         eps: added to the mean square.
         gate: like ``x``; none when absent.
         gate_first: Mamba-2's order.
+        activation: of the gate, ``silu``, or ``sigmoid`` for one behind the norm.
     """
     exact = x.float()
     if gate is not None and gate_first:
@@ -38,7 +45,7 @@ def norm_reference(
     y = F.rms_norm(exact, x.shape[-1:], eps=eps)
     y = y * weight.float().view(-1, x.shape[-1]).squeeze(0)
     if gate is not None and not gate_first:
-        y = y * F.silu(gate.float())
+        y = y * (F.silu if activation == "silu" else torch.sigmoid)(gate.float())
     return y
 
 
@@ -49,10 +56,12 @@ def norm(
     gate: Tensor | None = None,
     *,
     gate_first: bool = False,
+    activation: str = "silu",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``norm_reference`` by a kernel, given as ``dtype`` (that of ``x`` when absent)."""
-    order = 0 if gate is None else GATE_BEFORE if gate_first else GATE_AFTER
+    after = GATE_AFTER if activation == "silu" else SIGMOID_AFTER
+    order = 0 if gate is None else GATE_BEFORE if gate_first else after
     return _Norm.apply(x, weight, gate, eps, order, dtype or x.dtype)
 
 
@@ -138,6 +147,8 @@ def _forward(
     value *= tl.load(weight + (row % GROUPS) * SIZE + lane, mask=inside, other=0.0).to(tl.float32)
     if ORDER == 1:
         value *= silu
+    if ORDER == 3:
+        value *= tl.sigmoid(g)
     tl.store(out + row * SIZE + lane, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -162,13 +173,16 @@ def _backward(
             g = tl.load(gate + _place(row, gate_stride, lane, HEADS, SIZE), mask=inside, other=0.0).to(tl.float32)
             sigmoid = tl.sigmoid(g)
             slope = sigmoid * (1 + g * (1 - sigmoid))
+            active = g * sigmoid
+        if ORDER == 3:
+            slope, active = sigmoid * (1 - sigmoid), sigmoid
         if ORDER == 2:
             value *= g * sigmoid
         scale = tl.rsqrt(tl.sum(value * value, 1) / SIZE + eps)[:, None]
         value *= scale
-        if ORDER == 1:
+        if ORDER == 1 or ORDER == 3:
             tl.store(dg + row * SIZE + lane, (dy * value * gain * slope).to(dg.dtype.element_ty), mask=inside)
-            dy *= g * sigmoid
+            dy *= active
         total += dy * value
         dy *= gain
         dy = scale * (dy - value * (tl.sum(dy * value, 1) / SIZE)[:, None])

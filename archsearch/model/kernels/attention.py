@@ -1,10 +1,10 @@
 """One decode step of softmax attention: norm and rotation of q and k, storing, split-KV attention, combination.
 
 The stored tokens are cut into splits whose length follows the *actual* position, read on the device, so the cost
-of a step follows it too, whatever the capacity. Two query heads that share a KV head are handled together,
-the others find its keys and values in the L2. The last split to finish combines all. Plain arithmetic, not
-the tensor cores: one query a head leaves them idle, and without them the kernel needs next to no shared memory,
-so that it can start beside the one before it.
+of a step follows it too, whatever the capacity. Query heads that share a KV head find its keys and values in the L2;
+in long caches and larger batches two of them are handled together. The last split to finish combines all. Plain
+arithmetic, not the tensor cores: one query a head leaves them idle, and without them the kernel needs next to no
+shared memory, so that it can start beside the one before it.
 
 The current token is taken from registers by split 0, which also stores it: no program reads the slot that another
 one writes. Slots beyond the stored tokens may hold anything, NaN included: they are never loaded.
@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 from archsearch.model.kernels.common import LOG2E, launch, power_of_two
 from archsearch.model.kernels.split_attention import attend_kernel
+
+LONG = 16384
+"""Tokens of a cache above which two query heads share a program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +70,18 @@ class Tile:
 
 
 def attention_shape(batch: int, heads: Heads, slots: int) -> Tile:
-    """The cut for ``slots`` stored tokens: enough programs to fill a GPU of 132 processors."""
-    group, warps, tokens = min(2, heads.share), 8, 128
+    """The cut for ``slots`` stored tokens: two programs for each of the 132 processors of a GPU.
+
+    A query head a program is fastest while its keys and values come from the L2 for the others that share them.
+    """
+    group, warps, tokens = 1 if batch == 1 and slots <= LONG else min(2, heads.share), 4, 128
     # sixteen bytes a thread and tile: its 8 channels of one token
     block = max(4, warps * 32 * 8 // power_of_two(heads.dim))
-    wanted = power_of_two(max(1, 128 // (batch * heads.kv * -(-heads.share // group))))
+    wanted = power_of_two(max(1, 256 // (batch * heads.kv * -(-heads.share // group))))
     return Tile(
         group,
         block,
-        min(4, max(1, 64 // block)),
+        min(8, max(1, 64 // block)),
         max(1, min(wanted, 64, power_of_two(-(-slots // tokens)))),
         tokens,
         warps,

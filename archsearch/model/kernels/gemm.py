@@ -1,97 +1,87 @@
-"""Projections of one token of several sequences on the tensor cores: as ``gemv.py``, for batches of two and more."""
+"""Projections of one token of several sequences: cuBLAS on the tensor cores, between kernels of ours.
+
+From two sequences on, products of matrices are what a library does best (measured on an H100 at 2 to 256 sequences:
+no Triton kernel of ours came near). What it cannot do stands around it: the norm before, the gate or the largest
+logits behind. The residual is added by the product itself.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from archsearch.errors import EnvironmentUnfit
-from archsearch.model.kernels.common import power_of_two, power_of_two_in, silu, wait
-from archsearch.model.kernels.gemv import GATED, LOGITS, RESIDUAL
+from archsearch.model.kernels.common import launch, power_of_two, silu, wait
 
-SMALLEST = 16
-"""The least extent of a tile that the tensor cores take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a product is cut: ``batch`` sequences by ``rows`` outputs, ``chunk`` columns a step."""
-
-    batch: int
-    rows: int
-    chunk: int
-    stages: int
-
-
-def gemm_shape(batch: int, n: int, k: int, group: int | None = None) -> Tile:
-    """The cut for an [n, k] matrix and a batch; a chunk lies in one ``group`` of columns that share a norm.
-
-    Raises:
-        EnvironmentUnfit: groups so odd that no chunk of 16 columns fits into them.
-    """
-    chunk = 128
-    if group not in (None, k):
-        chunk = min(chunk, power_of_two_in(group))
-        if chunk < SMALLEST:
-            raise EnvironmentUnfit(
-                f"norm groups of {group} channels do not fit the tensor cores", "choose a multiple of 16 or batch 1"
-            )
-    rows = 16 if n < 4096 else 32 if n < 16384 else 64
-    return Tile(min(64, max(SMALLEST, power_of_two(batch))), rows, chunk, 4)
+GATE_BLOCK, LOGIT_BLOCK = 1024, 4096
+"""Numbers a program."""
 
 
 @triton.jit
-def gemm_kernel(x, gain, squares, weight, bias, out, best, best_row, N, B, eps,
-                K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BATCH_BLOCK: tl.constexpr,
-                GROUP: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, GAIN: tl.constexpr,
-                SQUARES: tl.constexpr, BIAS: tl.constexpr, EPILOGUE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One tile [BATCH_BLOCK, ROWS] of ``epilogue(norm(x) @ weight.T + bias)``."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    batch = tl.program_id(1) * BATCH_BLOCK + tl.arange(0, BATCH_BLOCK)
-    part = tl.arange(0, PARTS_BLOCK)
-    total = tl.zeros([BATCH_BLOCK, ROWS], tl.float32)
-    gate = tl.zeros([BATCH_BLOCK, ROWS], tl.float32)
-    square = tl.zeros([BATCH_BLOCK], tl.float32)
-    wait(PDL)
-    for start in tl.range(0, K, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        own = (batch[:, None] < B) & (columns[None, :] < K)
-        tile = tl.load(x + batch[:, None] * K + columns[None, :], mask=own, other=0.0)
-        if GAIN:
-            exact = tile.to(tl.float32)
-            square += tl.sum(exact * exact, 1)
-            gains = tl.load(gain + columns, mask=columns < K, other=0.0).to(tl.float32)
-            tile = (exact * gains[None, :]).to(tile.dtype)
-        if SQUARES:
-            parts = squares + (batch[:, None] * (K // GROUP) + start // GROUP) * PARTS + part[None, :]
-            mean = tl.sum(tl.load(parts, mask=(batch[:, None] < B) & (part[None, :] < PARTS), other=0.0), 1)
-            tile = (tile.to(tl.float32) * tl.rsqrt(mean + eps)[:, None]).to(tile.dtype)
-        address = weight + rows[None, :].to(tl.int64) * K + columns[:, None]
-        inside = (rows[None, :] < N) & (columns[:, None] < K)
-        total = tl.dot(tile, tl.load(address, mask=inside, other=0.0), total, input_precision="ieee")
-        if EPILOGUE == GATED:
-            up = tl.load(address + N.to(tl.int64) * K, mask=inside, other=0.0)
-            gate = tl.dot(tile, up, gate, input_precision="ieee")
+def norm_kernel(x, gain, squares, out, eps, K: tl.constexpr, K_BLOCK: tl.constexpr, GROUP: tl.constexpr,
+                PARTS: tl.constexpr, GAIN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """RMSNorm of one sequence: with its gain, or, without one, from the parts of the mean square of each group."""
+    sequence, column = tl.program_id(0).to(tl.int64), tl.arange(0, K_BLOCK)
+    inside = column < K
+    gains = tl.full([K_BLOCK], 1.0, tl.float32)
     if GAIN:
-        scale = tl.rsqrt(square / K + eps)[:, None]
-        total *= scale
-        gate *= scale
-    inside = (batch[:, None] < B) & (rows[None, :] < N)
-    if BIAS:
-        total += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[None, :]
-    if EPILOGUE == GATED:
-        total = silu(total) * gate
-    address = out + batch[:, None].to(tl.int64) * N + rows[None, :]
-    if EPILOGUE == RESIDUAL:
-        total += tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    tl.store(address, total.to(out.dtype.element_ty), mask=inside)
-    if EPILOGUE == LOGITS:
-        # the largest of the logits as stored, so that equals are equal
-        total = tl.where(inside, total.to(out.dtype.element_ty).to(tl.float32), float("-inf"))
-        top = tl.max(total, 1)
-        first = tl.min(tl.where(total == top[:, None], rows[None, :], N), 1)
-        address = batch * tl.num_programs(0) + tl.program_id(0)
-        tl.store(best + address, top, mask=batch < B)
-        tl.store(best_row + address, first, mask=batch < B)
+        gains = tl.load(gain + column, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
+    y = tl.load(x + sequence * K + column, mask=inside, other=0.0).to(tl.float32)
+    if GAIN:
+        y *= tl.rsqrt(tl.sum(y * y) / K + eps) * gains
+    else:
+        mean = tl.zeros([K_BLOCK], tl.float32)
+        for part in range(PARTS):
+            address = squares + (sequence * (K // GROUP) + column // GROUP) * PARTS + part
+            mean += tl.load(address, mask=inside, other=0.0)
+        y *= tl.rsqrt(mean + eps)
+    tl.store(out + sequence * K + column, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_kernel(both, out, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """SwiGLU: the first half of each row, through SiLU, times the second."""
+    sequence = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait(PDL)
+    gate = tl.load(both + sequence * 2 * N + column, mask=column < N, other=0.0).to(tl.float32)
+    up = tl.load(both + sequence * 2 * N + N + column, mask=column < N, other=0.0).to(tl.float32)
+    tl.store(out + sequence * N + column, (silu(gate) * up).to(out.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
+def best_kernel(logits, best, best_row, N, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The largest logit of a part of the vocabulary, and the first row that has it."""
+    part, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = part * BLOCK + tl.arange(0, BLOCK)
+    wait(PDL)
+    value = tl.load(logits + sequence * N + row, mask=row < N, other=float("-inf")).to(tl.float32)
+    top = tl.max(value, 0)
+    address = sequence * tl.num_programs(0) + part
+    tl.store(best + address, top)
+    tl.store(best_row + address, tl.min(tl.where(value == top, row, N), 0))
+
+
+def normalize(x: Tensor, gain: Tensor | None, squares: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of each row of ``x`` [B, K]: with ``gain`` [K], or from ``squares`` [B, groups, parts]."""
+    batch, k = x.shape
+    groups, parts = (1, 1) if squares is None else squares.shape[1:]
+    out = torch.empty_like(x)
+    sizes = {"K": k, "K_BLOCK": power_of_two(k), "GROUP": k // groups, "PARTS": parts, "GAIN": gain is not None}
+    launch(norm_kernel, (batch,), x, x, x if gain is None else gain, x if squares is None else squares, out, eps,
+           **sizes, warps=8)  # fmt: skip
+    return out
+
+
+def gate(both: Tensor, out: Tensor) -> None:
+    """``out`` [B, N] = silu(first half of ``both`` [B, 2 N]) * second half."""
+    batch, n = out.shape
+    launch(gate_kernel, (triton.cdiv(n, GATE_BLOCK), batch), out, both, out, n, BLOCK=GATE_BLOCK)
+
+
+def largest(logits: Tensor, best: Tensor, best_row: Tensor) -> None:
+    """The largest of each ``LOGIT_BLOCK`` logits [B, V], and where it is, in ``best`` and ``best_row`` [B, parts]."""
+    batch, n = logits.shape
+    launch(best_kernel, (best.shape[1], batch), logits, logits, best, best_row, n, BLOCK=LOGIT_BLOCK, warps=8)

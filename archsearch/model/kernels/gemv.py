@@ -2,7 +2,7 @@
 
 At batch 1 a projection is bound by reading its weights, so each program holds a few rows, asks for all of
 them before it waits for the kernel that makes its input, and normalises the input itself.
-``gemm.py`` has the same functions for larger batches.
+``gemm.py`` is for larger batches.
 """
 
 # Triton adds tuples, it does not unpack them.

@@ -1,13 +1,15 @@
 """Projections of one token a sequence, with norm and epilogue: what is computed, and which kernel computes it.
 
-``project`` and ``head`` run the Triton kernels of ``gemv.py`` (one sequence) and ``gemm.py`` (several).
+``project`` and ``head`` run the Triton kernel of ``gemv.py`` (one sequence) or cuBLAS between those of ``gemm.py``.
 ``project_reference`` and ``head_reference`` are their twins.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import torch
 import triton
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archsearch.model.kernels.common import launch, power_of_two
-from archsearch.model.kernels.gemm import gemm_kernel, gemm_shape
+from archsearch.model.kernels.gemm import LOGIT_BLOCK, gate, largest, normalize
 from archsearch.model.kernels.gemv import gemv_kernel, gemv_shape
 
 
@@ -75,34 +77,55 @@ def head(x: Tensor, weight: Tensor, logits: Tensor, best: Tensor, best_row: Tens
 
 def head_parts(batch: int, vocabulary: int, hidden: int) -> int:
     """Parts of the vocabulary that ``head`` reports the largest logit of."""
-    if batch == 1:
-        shape = gemv_shape(vocabulary, hidden, logits=True)
-        return triton.cdiv(vocabulary, shape.rows * shape.steps)
-    return triton.cdiv(vocabulary, gemm_shape(batch, vocabulary, hidden).rows)
+    if batch > 1:
+        return triton.cdiv(vocabulary, LOGIT_BLOCK)
+    shape = gemv_shape(vocabulary, hidden, logits=True)
+    return triton.cdiv(vocabulary, shape.rows * shape.steps)
+
+
+def kernel_count(launch: Callable[..., None], batch: int) -> int:
+    """Kernels of one launch of a chain: for several sequences a projection is a chain itself."""
+    function, arguments = (launch.func, launch.args) if isinstance(launch, partial) else (launch, ())
+    if batch == 1 or function not in (project, head):
+        return 1
+    epilogue = Epilogue.LOGITS if function is head else (arguments[3:4] or (Epilogue.PLAIN,))[0]
+    norm = arguments[5] if function is head else (arguments[4:5] or (None,))[0]
+    return 1 + (norm is not None) + (epilogue in (Epilogue.GATED, Epilogue.LOGITS))
 
 
 def _run(x: Tensor, weight: Tensor, out: Tensor, epilogue: Epilogue, norm: Norm | None, bias: Tensor | None,
          best: Tensor, best_row: Tensor) -> None:  # fmt: skip
     (batch, k), n = x.shape, out.shape[1]
     squares = None if norm is None else norm.squares
-    groups, parts = (1, 1) if squares is None else squares.shape[1:]
     gain = None if norm is None else norm.gain
+    eps = 0.0 if norm is None else norm.eps
+    if batch > 1:
+        x = x if norm is None else normalize(x, gain, squares, eps)
+        _multiply(x, weight, out, epilogue, bias)
+        if epilogue == Epilogue.LOGITS:
+            largest(out, best, best_row)
+        return
+    groups, parts = (1, 1) if squares is None else squares.shape[1:]
     tensors = (x, x if gain is None else gain, x if squares is None else squares, weight,
                x if bias is None else bias, out, best, best_row)  # fmt: skip
     constants = {"K": k, "GROUP": k // groups, "PARTS": parts, "PARTS_BLOCK": power_of_two(parts),
                  "GAIN": gain is not None, "SQUARES": squares is not None, "BIAS": bias is not None,
                  "EPILOGUE": int(epilogue)}  # fmt: skip
-    eps = 0.0 if norm is None else norm.eps
-    if batch == 1:
-        cut = gemv_shape(n, k, epilogue == Epilogue.GATED, epilogue == Epilogue.LOGITS, k // groups)
-        grid = (triton.cdiv(n, cut.rows * cut.steps),)
-        sizes = {"ROWS": cut.rows, "STEPS": cut.steps, "CHUNK": cut.chunk}
-        launch(gemv_kernel, grid, x, *tensors, n, eps, **constants, **sizes, warps=cut.warps)
-        return
-    tile = gemm_shape(batch, n, k, k // groups)
-    grid = (triton.cdiv(n, tile.rows), triton.cdiv(batch, tile.batch))
-    sizes = {"ROWS": tile.rows, "CHUNK": tile.chunk, "BATCH_BLOCK": tile.batch}
-    launch(gemm_kernel, grid, x, *tensors, n, batch, eps, **constants, **sizes, warps=4, stages=tile.stages)
+    cut = gemv_shape(n, k, epilogue == Epilogue.GATED, epilogue == Epilogue.LOGITS, k // groups)
+    grid = (triton.cdiv(n, cut.rows * cut.steps),)
+    sizes = {"ROWS": cut.rows, "STEPS": cut.steps, "CHUNK": cut.chunk}
+    launch(gemv_kernel, grid, x, *tensors, n, eps, **constants, **sizes, warps=cut.warps)
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor, epilogue: Epilogue, bias: Tensor | None) -> None:
+    if epilogue == Epilogue.GATED:
+        gate(torch.mm(x, weight.T), out)
+    elif epilogue == Epilogue.RESIDUAL:
+        torch.addmm(out, x, weight.T, out=out)
+    elif bias is not None:
+        torch.addmm(bias, x, weight.T, out=out)
+    else:
+        torch.mm(x, weight.T, out=out)
 
 
 def _normalized(x: Tensor, norm: Norm | None) -> Tensor:

@@ -74,26 +74,23 @@ def absorb(queries, k, v, valid, tops, sums, totals):
 @triton.jit
 def combine(partial, tops, weights, first, splits, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
             SPLITS: tl.constexpr):  # fmt: skip
-    """The ``splits`` from ``first`` together, [GROUP, DIM_BLOCK]. Reads around the L1: others wrote."""
-    own, part = tl.arange(0, GROUP), tl.arange(0, SPLITS)
-    offset = tl.arange(0, DIM_BLOCK)[None, :]
-    at = (first + part[:, None]) * GROUP + own[None, :]
-    top = tl.load(tops + at, mask=part[:, None] < splits, other=NOTHING, cache_modifier=".cg")
-    weight = tl.load(weights + at, mask=part[:, None] < splits, other=0.0, cache_modifier=".cg")
-    highest = tl.max(top, 0)
-    weight = tl.sum(tl.exp2(top - highest[None, :]) * weight, 0)
-    mixed = tl.zeros([GROUP, DIM_BLOCK], tl.float32)
-    for begin in tl.range(0, splits, 8):
-        tiles, fades = (), ()
-        for i in tl.static_range(8):
-            row = (first + begin + i) * GROUP + own
-            inside = (begin + i < splits) & (offset < DIM)
-            tiles = tiles + (tl.load(partial + row[:, None] * DIM + offset, mask=inside, other=0.0,
-                                     cache_modifier=".cg"),)  # fmt: skip
-            fades = fades + (tl.load(tops + row, mask=begin + i < splits, other=NOTHING, cache_modifier=".cg"),)
-        for i in tl.static_range(8):
-            mixed += tiles[i] * tl.exp2(fades[i] - highest)[:, None]
-    return mixed / weight[:, None]
+    """The ``splits`` from ``first`` together, a tuple of GROUP heads [DIM_BLOCK]. Reads around the L1: others wrote.
+
+    All is asked for before anything is used: what a chain of loads costs here, every step pays.
+    """
+    part, offset = tl.arange(0, SPLITS)[:, None], tl.arange(0, DIM_BLOCK)[None, :]
+    valid = part < splits
+    tiles, highs, sums, heads = (), (), (), ()
+    for i in tl.static_range(GROUP):
+        row = (first + part) * GROUP + i
+        tile = tl.load(partial + row * DIM + offset, mask=valid & (offset < DIM), other=0.0, cache_modifier=".cg")
+        tiles = tiles + (tile,)
+        highs = highs + (tl.load(tops + row, mask=valid, other=NOTHING, cache_modifier=".cg"),)
+        sums = sums + (tl.load(weights + row, mask=valid, other=0.0, cache_modifier=".cg"),)
+    for i in tl.static_range(GROUP):
+        fade = tl.exp2(highs[i] - tl.max(highs[i], 0)[None, :])
+        heads = heads + (tl.sum(tiles[i] * fade, 0) / tl.sum(sums[i] * fade, 0),)
+    return heads
 
 
 @triton.jit
@@ -182,8 +179,8 @@ def attend_kernel(projected, q_gain, k_gain, rotary, position, keys, values, par
     if splits > 1:
         tl.debug_barrier()
         if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == splits - 1:
-            mixed = combine(partial, tops, weights, pair * SPLITS, splits, GROUP, DIM, DIM_BLOCK, SPLITS)
-            member = tl.arange(0, GROUP)[:, None]
-            inside = (group % groups * GROUP + member < share) & (column[None, :] < DIM)
-            tl.store(target + member * DIM + column[None, :], mixed.to(out.dtype.element_ty), mask=inside)
+            heads = combine(partial, tops, weights, pair * SPLITS, splits, GROUP, DIM, DIM_BLOCK, SPLITS)
+            for i in tl.static_range(GROUP):
+                mine = (column < DIM) & (group % groups * GROUP + i < share)
+                tl.store(target + i * DIM + column, heads[i].to(out.dtype.element_ty), mask=mine)
             tl.store(arrivals + pair, 0)

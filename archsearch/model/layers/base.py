@@ -67,6 +67,9 @@ class Layer(nn.Module):
         """Which option the GPU kernels cannot take, and what they would take; None where they take all."""
         return None
 
+    def require(self) -> None:
+        """Raise EnvironmentUnfit where what the GPU kernels of this kind need beyond fla is missing."""
+
     @property
     def implementation(self) -> str:
         """What ``forward`` runs now, as records name it."""

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from archsearch import operators
 from archsearch.model import fla_ops
+from archsearch.model.chunked import delta_rule_chunked
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import RMSNorm, ShortConvolution, l2_normalize, linear
-from archsearch.model.recurrence import Mixed, accumulator, delta_rule_chunked, delta_rule_step
+from archsearch.model.recurrence import Mixed, accumulator, delta_rule_step
 
 
 class DeltaRule(Layer):

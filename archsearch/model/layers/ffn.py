@@ -37,4 +37,4 @@ class FFN(Layer):
         return self.down_proj(swiglu(fla_ops.project(x, self.gate_proj, self.up_proj)))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
-        return self(x)
+        return self.sequence(x, None)

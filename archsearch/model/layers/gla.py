@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from archsearch import operators
 from archsearch.model import fla_ops
+from archsearch.model.chunked import gla_chunked
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import RMSNorm, linear
-from archsearch.model.recurrence import Mixed, accumulator, gla_chunked, gla_step
+from archsearch.model.recurrence import Mixed, accumulator, gla_step
 
 
 class GLA(Layer):

@@ -29,13 +29,19 @@ class RMSNorm(nn.Module):
         return (F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * weight).to(x.dtype)
 
     def fused(
-        self, x: Tensor, gate: Tensor | None = None, *, gate_first: bool = False, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        *,
+        gate_first: bool = False,
+        activation: str = "silu",
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """``forward`` by one kernel, times ``silu(gate)``; given as ``dtype``, or that of ``x``."""
+        """``forward`` by one kernel, times ``silu(gate)`` or another ``activation``; as ``dtype``, or that of ``x``."""
         from archsearch.model.fused.norm import norm
 
         if self.groups == 1:
-            return norm(x, self.weight, self.eps, gate, gate_first=gate_first, dtype=dtype)
+            return norm(x, self.weight, self.eps, gate, gate_first=gate_first, activation=activation, dtype=dtype)
         parts = (t if t is None else t.unflatten(-1, (self.groups, -1)) for t in (x, gate))
         x, gate = parts
         return norm(x, self.weight, self.eps, gate, gate_first=gate_first, dtype=dtype).flatten(-2)
@@ -127,6 +133,11 @@ def init_decay(a_log: Tensor, dt_bias: Tensor, low: float, generator: Generator 
     """
     rates = torch.empty_like(a_log, dtype=torch.float32).uniform_(low, 16, generator=generator)
     a_log.copy_(rates.log())
+    init_steps(dt_bias, generator)
+
+
+def init_steps(dt_bias: Tensor, generator: Generator | None) -> None:
+    """Time steps log-uniform in [0.001, 0.1]: ``dt_bias`` takes their inverse softplus."""
     ends = math.log(0.001), math.log(0.1)
     steps = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(*ends, generator=generator).exp()
     dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))

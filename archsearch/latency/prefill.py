@@ -1,0 +1,149 @@
+"""Prefill: the time from a prompt to the first token (TTFT), with the state written for the steps that follow.
+
+No graph is needed: a prompt is a few hundred large kernels. On a GPU the mixers run the kernels they train with
+(flash-linear-attention's chunks, PyTorch's fused attention), on a CPU the plain-torch reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+
+import torch
+
+from archsearch.architecture import Architecture
+from archsearch.latency.device import free_memory
+from archsearch.latency.validity import check_prefill
+from archsearch.model.hybrid import DecodeState, HybridLM
+from archsearch.schema import Frozen
+
+LENGTHS = (512, 2048, 8192, 32768)
+CHECKED = 300
+"""Tokens of the prompt that is compared with the reference: several chunks, the last one not full."""
+WARM_UPS, REPEATS = 2, 7
+CPU_SECONDS = 3.0
+"""On a CPU a prompt is left out that would take longer than this, judged by the one before."""
+
+
+class Prefill(Frozen):
+    """TTFT of one prompt length.
+
+    Attributes:
+        length: tokens of the prompt; meta tokens come on top.
+        batch: prompts at once.
+        ms: median.
+        lowest_ms: of the repeats.
+        tokens_per_second: of the prompts.
+        peak_bytes: largest memory during the prefill, weights and state included; absent on a CPU.
+    """
+
+    length: int
+    batch: int
+    ms: float
+    lowest_ms: float
+    repeats: int
+    tokens_per_second: float
+    peak_bytes: int | None
+
+
+class PrefillTimes(Frozen):
+    """All lengths that were measured.
+
+    Attributes:
+        omitted: why other lengths were not.
+        paths: which implementation of each kind ran.
+        error: largest relative error of logits and states against the plain-torch reference.
+    """
+
+    measured: tuple[Prefill, ...]
+    omitted: dict[int, str]
+    paths: dict[str, str]
+    error: float
+
+
+@torch.inference_mode()
+def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None = None) -> PrefillTimes:
+    """Time prompts of ``lengths`` random tokens (``LENGTHS`` when absent), ``batch`` at once, on the model's device.
+
+    A length that the memory does not hold, or that would take a CPU too long, is left out with the reason.
+
+    Raises:
+        InvalidMeasurement: logits or states differ from those of the plain-torch reference.
+    """
+    device = model.embed_tokens.weight.device
+    path = "fla" if device.type == "cuda" and importlib.util.find_spec("fla") is not None else "torch"
+    measured: list[Prefill] = []
+    omitted: dict[int, str] = {}
+    try:
+        error = check_prefill(model, path, CHECKED) if path != "torch" else 0.0
+        paths = model.use(path).paths()
+        for length in lengths or LENGTHS:
+            reason = _too_large(model.architecture, batch, length, device)
+            reason = reason or _too_slow(model.architecture, measured, length)
+            try:
+                if not reason:
+                    measured.append(_measure(model, batch, length))
+            except torch.OutOfMemoryError:
+                reason = "ran out of memory"
+                torch.cuda.empty_cache()
+            if reason:
+                omitted[length] = reason
+    finally:
+        model.use("torch")
+    return PrefillTimes(measured=tuple(measured), omitted=omitted, paths=paths, error=error)
+
+
+def _too_large(architecture: Architecture, batch: int, length: int, device: torch.device) -> str:
+    width = 2 if device.type == "cuda" else 4
+    needed = architecture.state_bytes(length, batch=batch, width=width) + 4 * batch * length * (
+        architecture.hidden_size * width
+    )
+    free = free_memory(device)
+    return f"needs more than {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > free else ""
+
+
+def _too_slow(architecture: Architecture, measured: list[Prefill], length: int) -> str:
+    if not measured or measured[-1].peak_bytes is not None:
+        return ""
+    power = 2 if any(operator.full_attention for operator in architecture.operators) else 1
+    expected = measured[-1].ms / 1e3 * (length / measured[-1].length) ** power
+    return f"would take a CPU {expected:.0f} s or more" if expected > CPU_SECONDS else ""
+
+
+def _measure(model: HybridLM, batch: int, length: int) -> Prefill:
+    weight = model.embed_tokens.weight
+    device, cuda = weight.device, weight.is_cuda
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(len(weight), (batch, length), generator=generator).to(device)
+    state = model.allocate_state(batch, length)
+    repeats = REPEATS if cuda else 1
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(WARM_UPS if cuda else 0):
+        model.prefill(tokens, state)
+    seconds = [_timed(model, tokens, state, cuda) for _ in range(repeats)]
+    median = statistics.median(seconds)
+    return Prefill(
+        length=length,
+        batch=batch,
+        ms=1e3 * median,
+        lowest_ms=1e3 * min(seconds),
+        repeats=repeats,
+        tokens_per_second=batch * length / median,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
+    )
+
+
+def _timed(model: HybridLM, tokens: torch.Tensor, state: DecodeState, cuda: bool) -> float:
+    """Seconds from the prompt to the first token and a state to go on from."""
+    if not cuda:
+        begun = time.perf_counter()
+        model.prefill(tokens, state).argmax(-1)
+        return time.perf_counter() - begun
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    model.prefill(tokens, state).argmax(-1)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
