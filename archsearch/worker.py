@@ -241,6 +241,8 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
     with record.phase("latency"):
         latency = measure_decode(record.architecture, config.latency, device=device)
+    record.seconds["latency"] -= latency.prepared + latency.waited
+    record.seconds |= {"prepare": latency.prepared, "wait": latency.waited}
     record.paths["decode"] = latency.path
     record.objectives["decode_latency"] = latency.seconds
     record.metrics |= {"tpot_ms": latency.tpot_ms, "latency": latency.model_dump(mode="json", exclude={"device"})}

@@ -4,7 +4,8 @@ Hybrids of DeltaNet, attention and FFN: 12 operators at d 512 (29 M parameters),
 dominate, and two of 340 M, 40 operators at d 1024 and 24 at d 1280. A step is forward, backward, clipping and
 fused AdamW on random tokens, in bf16 with fp32 weights.
 flash-linear-attention's models are trained in a plain eager loop, as its users do, with its fused norm, SwiGLU
-and cross-entropy; flash-attn is not needed, its attention runs through torch's.
+and cross-entropy; flash-attn is not needed, its attention runs through torch's. Kernels that both use have the same
+configurations, those of ``archsearch doctor --tune``; the rest of theirs are tuned at their first step.
 
     python benchmarks/proxy.py --json throughput.json
     python benchmarks/proxy.py --warm        # only compile and tune, for a timing that follows
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ProxyConfig
+from archsearch.model import tuned
 from archsearch.model.hybrid import build_model
 from archsearch.proxy.step import TrainingStep
 
@@ -63,6 +65,7 @@ class Case:
         from fla.models import DeltaNetConfig, DeltaNetForCausalLM
 
         attn.flash_attn_func = torch_attention
+        tuned.install()
         mixers = self.mixers.split()
         places = [place for place, kind in enumerate(mixers) if kind == "a"]
         config = DeltaNetConfig(

@@ -121,11 +121,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50_003_968)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--validation-tokens", type=int, default=500_000)
     args = parser.parse_args()
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
-    config = ProxyConfig(
-        data=args.data, tokens=args.tokens, batch=args.batch, context=args.context, learning_rate=1e-3, validations=10
-    )
+    fields = {name: getattr(args, name) for name in ("data", "tokens", "batch", "context", "validation_tokens")}
+    config = ProxyConfig(learning_rate=1e-3, validations=10, **fields)
     done = {(row["model"], row["recipe"], row["seed"]) for row in rows}
     wanted = [(model, recipe, seed) for seed in args.seeds for model in args.models for recipe in RECIPES]
     for key in [] if args.show else [key for key in wanted if key not in done]:
