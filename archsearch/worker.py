@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from archsearch.model.hybrid import HybridLM
     from archsearch.proxy.rungs import Judge
-    from archsearch.proxy.trainer import ProxyResult
+    from archsearch.proxy.result import ProxyResult
 
 EPOCHS = 4
 """Up to here repeated text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -182,7 +182,7 @@ def classify(error: Exception) -> Outcome:
     from archsearch.latency.validity import InvalidMeasurement
     from archsearch.model.self_check import WrongKernels
     from archsearch.proxy.rungs import Stopped
-    from archsearch.proxy.trainer import NonFiniteLoss
+    from archsearch.proxy.result import NonFiniteLoss
 
     outcomes: list[tuple[type[Exception], Outcome]] = [
         (Stopped, Outcome.STOPPED),
