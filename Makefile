@@ -34,7 +34,7 @@ test-gpu: $(VENV)/.cuda ## The tests that need an NVIDIA GPU
 lint: $(VENV)/.dev ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict --allow-untyped-calls --follow-imports=silent archsearch/*.py archsearch/operators archsearch/search archsearch/commands
+	$(BIN)/mypy --strict --allow-untyped-calls --follow-imports=silent archsearch/*.py archsearch/operators archsearch/search archsearch/commands archsearch/validity
 
 clean: ## Remove the environment and all caches (never experiments)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -24,13 +24,15 @@ from archsearch.config import RunConfig, load_config
 from archsearch.environment import capture_environment
 from archsearch.errors import UsageError
 from archsearch.search.folder import RunFolder
-from archsearch.worker import ProxyEvaluator
+from archsearch.worker import ProxyEvaluator, prepare_data
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from archsearch.export import Format
+    from archsearch.search.noise import SeedNoise
     from archsearch.search.progress import Progress, Summary
+    from archsearch.search.replicates import Replicates
     from archsearch.search.study import Candidate
 
 SHORT_NAMES = {
@@ -87,7 +89,9 @@ def create_run(config: RunConfig, out: str | Path | None = None) -> Run:
     Raises:
         UsageError: the folder exists and is not empty.
         StorageError: it cannot be written.
+        ConfigError: the data cannot be read, or does not fit the vocabulary.
     """
+    prepare_data(config)
     path = Path(out) if out is not None else Path("experiments") / f"{config.space.name}-{datetime.now():%Y%m%d-%H%M%S}"
     return Run(RunFolder.create(path, config, capture_environment().model_dump(mode="json")))
 
@@ -110,12 +114,16 @@ class Results:
         config: the resolved config.
         candidates: every trial, in the order of the numbers.
         reference: up to where the hypervolume counts; None before the first population is complete.
+        replicates: of the front, by trial number.
+        given_noise: seed noise from elsewhere, in place of what the replicates show.
     """
 
     path: Path
     config: RunConfig
     candidates: list[Candidate]
     reference: tuple[float, ...] | None
+    replicates: dict[int, Replicates]
+    given_noise: SeedNoise | None = None
 
     @cached_property
     def front(self) -> list[Candidate]:
@@ -130,6 +138,13 @@ class Results:
         from archsearch.search import study
 
         return study.hypervolume(self.candidates, self.config.search.objectives, self.reference)
+
+    @cached_property
+    def noise(self) -> SeedNoise | None:
+        """Seed noise of the loss; None where none was given and no candidate has two replicates."""
+        from archsearch.search.replicates import noise_of
+
+        return self.given_noise or noise_of(self.replicates)
 
     @property
     def evaluated(self) -> int:
@@ -176,16 +191,35 @@ class Run:
         """
         from archsearch.search.loop import run_search
 
-        evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()))
+        prepare_data(self.config)
+        checkpoints = str(self.folder.checkpoints.resolve()) if self.config.proxy.rungs else None
+        evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()), checkpoints)
         return run_search(self.folder, evaluator, on_progress=on_progress)
+
+    def replicate(self, count: int, *, on_progress: Callable[[Progress], None] | None = None) -> Summary:
+        """Train the front again with ``count`` other seeds, or what is missing of that; the study stays as it is.
+
+        Raises:
+            UsageError: ``count`` is below 1.
+            RunInUse: another process is at work.
+            SearchStopped: too many trainings failed.
+        """
+        from archsearch.search.replicates import replicate_front
+
+        front = self.results().front
+        return replicate_front(
+            self.folder, front, count, lambda config: ProxyEvaluator(config), on_progress=on_progress
+        )
 
     def results(self) -> Results:
         """What the study holds now. Raises StorageError where it is damaged."""
         from archsearch.search import study
+        from archsearch.search.replicates import read_replicates
 
         opened = study.open_study(self.folder)
         found = study.candidates(opened, self.folder)
-        return Results(self.path, self.config, found, study.hypervolume_reference(opened))
+        reference = study.hypervolume_reference(opened)
+        return Results(self.path, self.config, found, reference, read_replicates(self.folder))
 
     def candidates(self) -> list[Candidate]:
         """Every trial, in the order of the numbers."""

@@ -16,7 +16,7 @@ from typer import Argument, Option
 from typer.exceptions import TyperException
 
 from archsearch import __version__
-from archsearch.commands.console import print_json, report_bug, report_error
+from archsearch.commands.console import print_json, report_bug, report_error, show_log
 from archsearch.errors import ArchsearchError, EnvironmentUnfit, UsageError
 
 app = typer.Typer(
@@ -30,11 +30,14 @@ RunPath = Annotated[Path, Argument(metavar="RUN", help="The folder of a run.", s
 Arch = Annotated[str, Argument(metavar="ARCH", help="A YAML or JSON file, or a reference name.", show_default=False)]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Set = Annotated[list[str] | None, Option("--set", metavar="KEY.PATH=VALUE", help="Override a value; repeatable.")]
+Tune = Annotated[bool, Option("--tune", help="First tune the training kernels on this GPU: minutes.")]
+Replicates = Annotated[int | None, Option(help="Then train the front with so many other seeds.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; gives the exit code."""
+    show_log()
     given = sys.argv[1:] if arguments is None else arguments
     words = [word for word in given if word != "--debug"]
     try:
@@ -81,6 +84,7 @@ def run(
     executor: Annotated[str | None, Option(help="ray or inline.")] = None,
     workers: Annotated[int | None, Option(help="Evaluations at the same time.")] = None,
     seed: Annotated[int | None, Option(help="Seed of the search.")] = None,
+    replicates: Replicates = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would run; write nothing.")] = False,
     json: Json = False,
 ) -> int:
@@ -101,15 +105,15 @@ def run(
         return show_plan(config, json=json)
     from archsearch.commands.search import start
 
-    return start(config, out, json=json)
+    return start(config, out, replicates=replicates, json=json)
 
 
 @app.command()
-def resume(run: RunPath, json: Json = False) -> int:
+def resume(run: RunPath, replicates: Replicates = None, json: Json = False) -> int:
     """Go on with a run that was stopped, from what it had committed."""
     from archsearch.commands.search import go_on
 
-    return go_on(run, json=json)
+    return go_on(run, replicates=replicates, json=json)
 
 
 @app.command()
@@ -119,13 +123,14 @@ def inspect(
     json: Json = False,
     csv: Annotated[bool, Option("--csv", help="Print all candidates as CSV.")] = False,
     why: Annotated[bool, Option("--why", help="Also what proposals earned and which genes matter.")] = False,
+    noise: Annotated[Path | None, Option(metavar="DIR", help="Seed noise from a validate-proxy study.")] = None,
 ) -> None:
     """Show what a run found: its front, its outcomes, one trial."""
     from archsearch.commands.inspect import show
 
     if json and csv:
         raise UsageError("--json and --csv exclude each other", "give one of them")
-    show(run, trial, json=json, csv=csv, why=why)
+    show(run, trial, json=json, csv=csv, why=why, noise=noise)
 
 
 @app.command()
@@ -188,6 +193,24 @@ def latency(
 
 
 @app.command()
+def data(
+    source: Annotated[
+        str | None, Argument(metavar="[SOURCE]", help="builtin:python, files:PATH, tokens:PATH or hf:OWNER/NAME.")
+    ] = None,
+    space: Annotated[Path | None, Option(metavar="FILE", help="Take proxy settings and vocabulary from here.")] = None,
+    tokenizer: Annotated[str | None, Option(help="bytes, bpe, a tokenizer.json or a pretrained name.")] = None,
+    vocab_size: Annotated[int | None, Option(min=2, help="Of the models; that of the space if absent.")] = None,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Tokenise a corpus into the cache ahead of a run, and describe it."""
+    from archsearch.commands import data as corpora
+
+    facts = corpora.prepare(source, space, tokenizer, vocab_size, set_ or ())
+    print_json("data", facts) if json else print(*corpora.lines(facts), sep="\n")
+
+
+@app.command()
 def validate(
     file: Annotated[Path, Argument(metavar="FILE", help="A config or an architecture.", show_default=False)],
     json: Json = False,
@@ -244,12 +267,44 @@ def scaling(
     )
 
 
+@app.command("validate-proxy")
+def validate_proxy(
+    space: Annotated[Path, Option(metavar="FILE", help="The search space and its settings.", show_default=False)],
+    architectures: Annotated[int, Option(help="How many to sample and train.", show_default=False)],
+    long: Annotated[str, Option(help="Tokens of the long training, such as 200M.", show_default=False)],
+    short: Annotated[str | None, Option(help="Tokens of the proxy; proxy.tokens if absent.")] = None,
+    seeds: Annotated[int, Option(help="Short trainings an architecture; 2 or more tell the seed noise.")] = 2,
+    correlation: Annotated[float, Option(help="That the shortest budget must keep.")] = 0.8,
+    out: Annotated[Path | None, Option(metavar="DIR", help="A new folder, or that of an earlier start.")] = None,
+    set_: Set = None,
+    json: Json = False,
+) -> int:
+    """Train a sample short and long, and tell how far the proxy's ranking can be trusted."""
+    from archsearch.commands.validity import start
+    from archsearch.config import load_config
+
+    return start(
+        load_config(space, set_ or ()),
+        out,
+        architectures=architectures,
+        long=long,
+        short=short,
+        seeds=seeds,
+        correlation=correlation,
+        json=json,
+    )
+
+
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(json: Json = False, tune: Tune = False) -> None:
     """Check this machine: packages, GPU, disk, Ray and every operator."""
     from archsearch.commands.doctor import run_checks
     from archsearch.commands.tables import print_checks
 
+    if tune:
+        from archsearch.commands.tuning import tune_kernels
+
+        tune_kernels()
     checks = list(run_checks()) if json else print_checks(run_checks())
     failed = [check for check in checks if check.status == "fail"]
     if json:

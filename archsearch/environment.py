@@ -28,6 +28,8 @@ PACKAGES = (
     "ray",
     "transformers",
     "tokenizers",
+    "datasets",
+    "pyarrow",
     "safetensors",
     "numpy",
     "pandas",

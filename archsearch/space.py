@@ -49,7 +49,7 @@ class Range(Frozen):
 
 
 class Limits(Frozen):
-    """What every architecture of the space must keep; all but the latency are known before anything runs."""
+    """What every architecture of the space must keep; all but latency and recall are known before anything runs."""
 
     operators: Range = Range()
     parameters: Range = Range()
@@ -57,9 +57,10 @@ class Limits(Frozen):
     state_context: Quantity = Field(8192, ge=1, description="tokens at which state_bytes is taken")
     full_attention: Range = Range()
     decode_latency: float | None = Field(None, gt=0, description="seconds for latency.tokens tokens, at most")
+    recall: float | None = Field(None, ge=0, le=1, description="recall error (1 - accuracy), at most")
 
     def check(self, architecture: Architecture) -> None:
-        """Raise InvalidArchitecture at the first limit that ``architecture`` breaks (latency is measured later)."""
+        """Raise InvalidArchitecture at the first limit that ``architecture`` breaks; the measured ones come later."""
         full = sum(operator.full_attention for operator in architecture.operators)
         self.operators.check(len(architecture.operators), "operators:")
         self.full_attention.check(full, "full-attention operators:")
@@ -147,7 +148,7 @@ class SearchSpace(Frozen):
             InvalidArchitecture: it cannot exist (a head dim that does not divide the width) or breaks a limit.
         """
         chosen = self._complete(genome)
-        kinds = self._kinds(chosen)
+        kinds = self.kinds(chosen)
         if not kinds:
             raise InvalidArchitecture("the genome has no operators", "allow at least one block")
         options = {kind: {n: chosen[f"{kind}.{n}"] for n in self.options.get(kind, {})} for kind in set(kinds)}
@@ -176,7 +177,7 @@ class SearchSpace(Frozen):
                 raise InvalidArchitecture(f"the space has no {name} = {value!r}", "use a genome of this space")
         return {name: genome.get(name, values[0]) for name, values in self.factors.items()}
 
-    def _kinds(self, chosen: Mapping[str, Any]) -> list[str]:
+    def kinds(self, chosen: Mapping[str, Any]) -> list[str]:
         """The flat list of kinds; over the operator limit the last stage loses blocks (paper, App. C.1)."""
         parts = []
         for stage in self.stages:

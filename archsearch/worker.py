@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import time
@@ -22,14 +23,40 @@ import psutil
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
 from archsearch.errors import ArchsearchError, InvalidArchitecture
-from archsearch.evaluation import Evaluation, Outcome
+from archsearch.evaluation import Evaluation, Outcome, Rung
+from archsearch.stopping import StoppingRule, Verdict
 
 if TYPE_CHECKING:
     import torch
 
     from archsearch.model.hybrid import HybridLM
+    from archsearch.proxy.rungs import Judge
+    from archsearch.proxy.trainer import ProxyResult
 
+EPOCHS = 4
+"""Up to here repeated text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
+log = logging.getLogger(__name__)
 _CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
+
+
+def prepare_data(config: RunConfig) -> None:
+    """Tokenise the corpus, or find it in the cache, before the first candidate asks for it.
+
+    What is wrong with the data then stops the run at once, and workers need not wait for each other.
+    A cluster's nodes have their own disks, so nothing is done for an address.
+
+    Raises:
+        ArchsearchError: as ``load_corpus`` does.
+    """
+    from archsearch.proxy.data import load_corpus
+
+    if "loss" not in config.search.objectives or config.execution.address is not None:
+        return
+    corpus = load_corpus(config.proxy, config.space.vocab_size)
+    epochs = config.proxy.tokens / len(corpus.train)
+    if epochs > EPOCHS:
+        text = "%s: proxy.tokens is %.1f epochs of its %s training tokens, and repeats above %d teach little"
+        log.warning(text, corpus.name, epochs, f"{len(corpus.train):,}", EPOCHS)
 
 
 class ProxyEvaluator:
@@ -40,33 +67,57 @@ class ProxyEvaluator:
     Args:
         config: the whole run.
         weights: folder for the trained weights, ``{architecture.id}.safetensors``; none are kept when absent.
+        checkpoints: folder from whose files a candidate goes on that was interrupted after a rung, likewise.
+
+    A folder that this machine does not have, as on a cluster without a shared disk, is not written to; the
+    evaluation says so in its ``paths``.
     """
 
-    def __init__(self, config: RunConfig, weights: str | None = None) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: RunConfig, weights: str | None = None, checkpoints: str | None = None) -> None:
+        self.config, self.weights, self.checkpoints = config, weights, checkpoints
 
-    def __call__(self, architecture: Architecture, *, seed: int) -> Evaluation:
+    def __call__(self, architecture: Architecture, *, seed: int, stopping: StoppingRule | None = None) -> Evaluation:
         """Evaluate once. Every failure comes back as an outcome with its cause in ``error``."""
         record = _Record(architecture, seed)
         with _accounted(record.seconds):
             try:
-                self._evaluate(record)
+                self._evaluate(record, stopping)
             except Exception as error:
                 record.fail(error)
             if record.outcome is not Outcome.CRASH:  # a broken CUDA context would refuse even this
                 _release_memory()
         return record.evaluation()
 
-    def _evaluate(self, record: _Record) -> None:
+    def _evaluate(self, record: _Record, stopping: StoppingRule | None) -> None:
         with record.phase("import"):
             device, record.device = _prepare(self.config.execution.device)
-        objectives = self.config.search.objectives
+        objectives, limits = self.config.search.objectives, self.config.space.limits
         _static_costs(record, self.config)
-        if "decode_latency" in objectives or self.config.space.limits.decode_latency is not None:
+        if "decode_latency" in objectives or limits.decode_latency is not None:
             _measure(record, self.config, device)
+        if "recall" in objectives or limits.recall is not None:
+            _recall(record, self.config, device)
         if "loss" in objectives:
-            _train(record, self.config, device, self.weights)
+            self._train(record, device, stopping)
         record.objectives = {name: record.objectives[name] for name in objectives}
+
+    def _train(self, record: _Record, device: torch.device, stopping: StoppingRule | None) -> None:
+        from archsearch.proxy.data import load_corpus
+        from archsearch.proxy.rungs import Judge, Stopped
+
+        judge = Judge(self.config.proxy, record.objectives, stopping)
+        result = _train(record, self.config, device, judge, _file(self.checkpoints, record, "checkpoint"))
+        record.rungs, record.verdict = judge.reached(result.curve), judge.verdict
+        if judge.verdict is not None:
+            raise Stopped(judge.verdict)
+        record.objectives["loss"] = result.loss
+        path = _file(self.weights, record, "weights")
+        if path is not None:
+            with record.phase("save"):
+                save_weights(result.model, path)
+                corpus = load_corpus(self.config.proxy, record.architecture.vocab_size)
+                if corpus.tokenizer is not None:
+                    corpus.tokenizer.save(path.parent)
 
 
 _ended: float | None = None
@@ -98,6 +149,8 @@ class _Record:
     objectives: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     curve: tuple[tuple[int, float], ...] = ()
+    rungs: tuple[Rung, ...] = ()
+    verdict: Verdict | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     device: str = ""
@@ -127,11 +180,15 @@ def classify(error: Exception) -> Outcome:
 
     from archsearch.latency.device import DoesNotFit
     from archsearch.latency.validity import InvalidMeasurement
+    from archsearch.model.self_check import WrongKernels
+    from archsearch.proxy.rungs import Stopped
     from archsearch.proxy.trainer import NonFiniteLoss
 
     outcomes: list[tuple[type[Exception], Outcome]] = [
+        (Stopped, Outcome.STOPPED),
         (InvalidArchitecture, Outcome.INFEASIBLE),
         (InvalidMeasurement, Outcome.INVALID_MEASUREMENT),
+        (WrongKernels, Outcome.INVALID_MEASUREMENT),
         (NonFiniteLoss, Outcome.NAN),
         (DoesNotFit, Outcome.OOM),
         (MemoryError, Outcome.OOM),
@@ -149,7 +206,7 @@ def _explain(error: Exception, outcome: Outcome) -> str:
         return f"{type(error).__name__}: {error.cause}; {error.remedy}"
     if outcome is Outcome.CRASH:
         return "".join(traceback.format_exception(error)).strip()
-    return f"{type(error).__name__}: {error}"
+    return str(error) if outcome is Outcome.STOPPED else f"{type(error).__name__}: {error}"
 
 
 # Phases
@@ -193,30 +250,62 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
         raise InvalidArchitecture(cause, "widen space.limits.decode_latency")
 
 
-def _train(record: _Record, config: RunConfig, device: torch.device, weights: str | None) -> None:
+def _recall(record: _Record, config: RunConfig, device: torch.device) -> None:
+    from archsearch.proxy.recall import measure_recall
+
+    with record.phase("recall"):
+        found = measure_recall(record.architecture, config.proxy, seed=record.seed, device=device)
+    record.objectives["recall"] = found.error
+    record.metrics["recall"] = found.summary()
+    ceiling = config.space.limits.recall
+    if ceiling is not None and found.error > ceiling:
+        cause = f"recall error {found.error:.4g} is above the limit {ceiling:.4g}"
+        raise InvalidArchitecture(cause, "widen space.limits.recall")
+
+
+def _train(
+    record: _Record, config: RunConfig, device: torch.device, judge: Judge, checkpoint: Path | None
+) -> ProxyResult:
     from archsearch.latency.lock import sharing
+    from archsearch.proxy.checkpoint import UnfitCheckpoint
+    from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
+    options: dict[str, Any] = {"seed": record.seed, "device": device, "seconds": record.seconds}
+    options |= {"rungs": judge.rungs, "keep_going": judge, "checkpoint": checkpoint}
     with sharing(device) as give_way:  # measurements in other processes pass when the training looks up
-        result = train_proxy(
-            record.architecture,
-            config.proxy,
-            seed=record.seed,
-            device=device,
-            on_progress=lambda tokens, loss: give_way(),
-            seconds=record.seconds,
-        )
-    record.curve, record.objectives["loss"] = result.curve, result.loss
+        options["on_progress"] = lambda tokens, loss: give_way()
+        try:
+            result = train_proxy(record.architecture, config.proxy, **options)
+        except UnfitCheckpoint as error:
+            assert checkpoint is not None
+            record.metrics["checkpoint"] = f"not used: {error.cause}"
+            checkpoint.unlink()
+            result = train_proxy(record.architecture, config.proxy, **options)
+    corpus = load_corpus(config.proxy, record.architecture.vocab_size)
+    record.curve = result.curve
     record.paths |= result.paths
     record.metrics |= {
         "perplexity": math.exp(min(result.loss, 700.0)),
+        "bits_per_byte": corpus.bits_per_byte(result.loss),
+        "corpus": corpus.digest,
         "proxy_tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
         "proxy_dtype": result.dtype,
     }
-    if weights is not None:
-        with record.phase("save"):
-            save_weights(result.model, Path(weights) / f"{record.architecture.id}.safetensors")
+    if result.resumed:
+        record.metrics["resumed_at"] = result.resumed
+    return result
+
+
+def _file(folder: str | None, record: _Record, what: str) -> Path | None:
+    """The candidate's file in a folder of the run; None where there is no such folder here."""
+    if folder is None:
+        return None
+    if not Path(folder).is_dir():
+        record.paths[what] = "not kept: the run folder is not on this machine"
+        return None
+    return Path(folder) / f"{record.architecture.id}.safetensors"
 
 
 def save_weights(model: HybridLM, path: Path) -> None:

@@ -27,7 +27,10 @@ OPTIONS = {
     "m2": {"head_dim": 64, "state": 64},
     "d": {"head_dim": 32},
     "gd": {"head_dim": 32},
+    "kda": {"head_dim": 32},
     "gl": {"head_dim": 32},
+    "r7": {"head_dim": 32},
+    "hg": {"head_dim": 32},
     "f": {},
 }
 

@@ -1,7 +1,8 @@
 """Training throughput of whole models on a GPU: ours and flash-linear-attention's equivalent, in one run.
 
-Two hybrids of DeltaNet, attention and FFN: 12 operators at d 512 (29 M parameters), and 40 operators at d 1024
-(340 M). A step is forward, backward, clipping and fused AdamW on random tokens, in bf16 with fp32 weights.
+Hybrids of DeltaNet, attention and FFN: 12 operators at d 512 (29 M parameters), also at a batch that launches
+dominate, and two of 340 M, 40 operators at d 1024 and 24 at d 1280. A step is forward, backward, clipping and
+fused AdamW on random tokens, in bf16 with fp32 weights.
 flash-linear-attention's models are trained in a plain eager loop, as its users do, with its fused norm, SwiGLU
 and cross-entropy; flash-attn is not needed, its attention runs through torch's.
 
@@ -18,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ class Case:
 
 CASES = (
     Case("12 operators, d 512", 512, 8192, "d d a d d d", 64),
-    Case("40 operators, d 1024", 1024, 32768, "d d d a d d d a d d d a d d d a d d d a", 32),
+    Case("40 operators, d 1024", 1024, 32768, " ".join(["d d d a"] * 5), 32),
+    Case("24 operators, d 1280", 1280, 32768, " ".join(["d d d a"] * 3), 48),
+    Case("12 operators, d 512, batch 4", 512, 8192, "d d a d d d", 4),
 )
 
 
@@ -173,6 +176,7 @@ def measure(case: Case, name: str, seconds: float) -> dict[str, Any]:
         "steps": len(times),
         "tokens_per_s": tokens / median,
         "peak_share": 6 * parameters * tokens / median / PEAK_BF16,
+        "peak_share_counted": case.architecture.train_flops(CONTEXT) * tokens / median / PEAK_BF16,
         "memory_mib": torch.cuda.max_memory_allocated() / 2**20,
     }
 
@@ -197,7 +201,7 @@ def profile(case: Case, name: str) -> None:
         print(f"{kernel.self_device_time_total / 5e3:8.3f} ms {kernel.count // 5:5} x {kernel.key[:100]}", flush=True)
 
 
-def losses(case: Case) -> dict[str, Any]:
+def losses(case: Case) -> list[dict[str, Any]]:
     """Head and cross-entropy alone, forward and backward: ms and MiB of ours, of its torch twin, and of fla's."""
     from fla.modules import FusedLinearCrossEntropyLoss
 
@@ -212,7 +216,7 @@ def losses(case: Case) -> dict[str, Any]:
         "ours, checkpointed": lambda: loss.checkpointed_loss(model, x.flatten(0, 1), targets.flatten()),
         "fla, fused": lambda: theirs(x, targets, model.head_weight.to(torch.bfloat16)),
     }
-    rows = {}
+    rows = []
     for name, run in runs.items():
 
         def step(run: Step = run) -> None:
@@ -224,9 +228,43 @@ def losses(case: Case) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         milliseconds = 1e3 * statistics.median(timed(step, 0.5))
-        rows[name] = {"ms": milliseconds, "memory_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
-        print(f"{case.name:22} {name:34} {milliseconds:8.2f} ms {rows[name]['memory_mib']:8.0f} MiB", flush=True)
+        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+        rows.append({"model": case.name, "implementation": name, "ms": milliseconds, "memory_mib": memory})
+        print(f"{case.name:22} {name:34} {milliseconds:8.2f} ms {memory:8.0f} MiB", flush=True)
     return rows
+
+
+def record(path: Path | None, table: str, row: dict[str, Any]) -> None:
+    """Add a row to the JSON file, in place of an older one of the same model and implementation."""
+    if path is None:
+        return
+    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
+    versions |= {name: __import__(name).__version__ for name in ("triton", "fla")}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = row["model"], row["implementation"]
+    kept = [old for old in found.get(table, []) if (old["model"], old["implementation"]) != same]
+    path.write_text(json.dumps({**found, "versions": versions, table: [*kept, row]}, indent=2) + "\n")
+
+
+def draw(path: Path, picture: Path) -> None:
+    """Tokens a second of every implementation, a panel a model."""
+    from matplotlib.figure import Figure
+
+    found = json.loads(path.read_text())
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    figure = Figure(figsize=(10, 2.6), dpi=120, layout="constrained")
+    for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        rows = [row for row in found["rows"] if row["model"] == model and "failed" not in row][::-1]
+        names = [row["implementation"] for row in rows]
+        bars = panel.barh(names, [row["tokens_per_s"] / 1e6 for row in rows])
+        panel.bar_label(bars, [f" {row['tokens_per_s'] / 1e6:.2f}" for row in rows])
+        for bar, name in zip(bars, names, strict=True):
+            bar.set_color("#0b6e99" if name.startswith("archsearch") else "#b0b0b0")
+        panel.set(title=f"{model}, {rows[0]['parameters'] / 1e6:.0f} M parameters", xlabel="million tokens a second")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.15)
+    figure.suptitle(found["versions"]["device"])
+    figure.savefig(picture)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -236,7 +274,8 @@ def show(row: dict[str, Any]) -> None:
         print(f"{head} FAILED {row['failed'][:300]}", flush=True)
         return
     print(
-        f"{head} {row['ms']:8.2f} ms {row['tokens_per_s'] / 1e6:6.3f} Mtok/s peak {row['peak_share']:6.1%} "
+        f"{head} {row['ms']:8.2f} ms {row['tokens_per_s'] / 1e6:6.3f} Mtok/s "
+        f"peak {row['peak_share']:5.1%}, counted {row['peak_share_counted']:5.1%} "
         f"{row['memory_mib']:7.0f} MiB first {row['first_step_s']:6.1f} s, {row['parameters'] / 1e6:.1f} M",
         flush=True,
     )
@@ -246,33 +285,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     parser.add_argument("--only", nargs="+", help="names of implementations")
+    parser.add_argument("--batch", type=int, help="sequences a step, instead of the case's")
     parser.add_argument("--seconds", type=float, default=1.5, help="timed seconds a row")
     parser.add_argument("--warm", action="store_true", help="one step of everything, nothing timed")
+    parser.add_argument("--heads", action="store_true", help="also time head and cross-entropy alone")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes, nothing else")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="draw what the JSON file holds, time nothing")
     args = parser.parse_args()
-    rows, heads = [], {}
+    if args.picture:
+        draw(args.json, args.picture)
+        return
     for case in (CASES[place] for place in args.cases):
+        case = case if args.batch is None else replace(case, batch=args.batch)
         for name in args.only or variants(case):
             gc.collect()
             torch.cuda.empty_cache()
             if args.profile:
                 profile(case, name)
-                continue
-            if args.warm:
+            elif args.warm:
                 begin = time.perf_counter()
                 variants(case)[name]()[0]()
                 torch.cuda.synchronize()
                 print(f"{case.name:22} {name:34} first step {time.perf_counter() - begin:.1f} s", flush=True)
-                continue
-            rows.append(measure(case, name, args.seconds))
-            show(rows[-1])
-        if not (args.warm or args.profile or args.only):
-            heads[case.name] = losses(case)
-        if args.json:
-            versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-            versions |= {name: __import__(name).__version__ for name in ("triton", "fla")}
-            args.json.write_text(json.dumps({"versions": versions, "rows": rows, "heads": heads}, indent=2) + "\n")
+            else:
+                row = measure(case, name, args.seconds)
+                show(row)
+                record(args.json, "rows", row)
+        if args.heads:
+            for row in losses(case):
+                record(args.json, "heads", row)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/simulate.py [--workers 8,64,256,1024,4096] [--per-worker 10] [--evaluations N]
         [--table TABLE.csv --objectives a,b | --space search_spaces/hybrid.yaml] [--sampler aging]
-        [--mean 60] [--sigma 0.5] [--failures 0.01] [--restart 10] [--seed 0] [--no-serial] [--json PATH]
+        [--mean 60] [--sigma 0.5] [--failures 0.01] [--restart 10] [--seed 0] [--no-serial] [--json PATH] [--png PATH]
 
 Durations are log-normal with the given mean in seconds; a share of the evaluations fails, half of them
 as CRASH (tried once more) and half as NODE_LOST (tried until they succeed), and costs the worker a restart.
@@ -16,11 +16,8 @@ true front, for a table). Without a table, a formula of depth, width, kinds and 
 from __future__ import annotations
 
 import argparse
-import heapq
 import itertools
-import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,111 +31,14 @@ from archsearch.config import RunConfig, load_config
 from archsearch.errors import ArchsearchError, ConfigError
 from archsearch.evaluation import Evaluation, Evaluator, Outcome
 from archsearch.files import to_json, write_atomic
-from archsearch.search.executors import Finished, failed
 from archsearch.search.ledger import Ledger
 from archsearch.search.loop import Search
 from archsearch.search.pareto import front, hypervolume
-from benchmarks.search import Table, TableEvaluator, TableSpace, load_table
+from benchmarks.tables import ProblemEvaluator, Table, load_table
+from benchmarks.virtual_cluster import VirtualCluster, Workload
 
 QUALITY = {"a": 0.00, "w": 0.03, "d": -0.02, "gd": -0.03, "gl": 0.01, "m2": -0.01}
 """Made-up loss of a mixer against attention, in nats: the simulation needs a landscape, not a truth."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What an evaluation on the cluster is like; times in seconds."""
-
-    mean: float
-    sigma: float
-    failures: float
-    restart: float
-    seed: int
-
-
-class VirtualCluster:
-    """An executor whose workers live in virtual time.
-
-    The clock stands still while the simulation itself computes, and runs while the driver does.
-    """
-
-    interruptible = False
-
-    def __init__(self, workers: int, evaluator: Evaluator, load: Workload) -> None:
-        self._workers = workers
-        self._evaluator = evaluator
-        self._load = load
-        self._rng = np.random.default_rng(load.seed)
-        self._events: list[tuple[float, int, int, Architecture | None, int]] = []
-        self._order = 0
-        self._restarting = 0
-        self._clock = 0.0
-        self._handed_over = time.process_time()
-        self._spans: list[tuple[float, float]] = []
-        self._seen: set[int] = set()
-        self._last_new = 0.0
-        self.driver_seconds = 0.0
-        self.results = 0
-
-    @property
-    def capacity(self) -> int:
-        """Workers that are not restarting."""
-        return self._workers - self._restarting
-
-    @property
-    def clock(self) -> float:
-        """Virtual seconds since the start, the driver's present thought included."""
-        return self._clock + time.process_time() - self._handed_over
-
-    def submit(self, key: int, architecture: Architecture, seed: int) -> None:
-        """Draw how long it will take."""
-        now, load = self.clock, self._load
-        # Mean of a log-normal distribution: exp(mu + sigma^2 / 2).
-        seconds = float(self._rng.lognormal(math.log(load.mean) - load.sigma**2 / 2, load.sigma))
-        self._spans.append((now, now + seconds))
-        self._push(now + seconds, key, architecture, seed)
-        if key not in self._seen:
-            self._seen.add(key)
-            self._last_new = now
-
-    def _push(self, at: float, key: int, architecture: Architecture | None, seed: int) -> None:
-        self._order += 1
-        heapq.heappush(self._events, (at, self._order, key, architecture, seed))
-
-    def wait(self, timeout: float | None = None) -> Finished:
-        """Let time pass until something ends; give all that has ended by then."""
-        self._clock = self.clock
-        self.driver_seconds += time.process_time() - self._handed_over
-        if self._events:
-            self._clock = max(self._clock, self._events[0][0])
-        finished: Finished = []
-        while self._events and self._events[0][0] <= self._clock:
-            at, _, key, architecture, seed = heapq.heappop(self._events)
-            if architecture is None:
-                self._restarting -= 1
-            else:
-                finished.append((key, self._end(at, architecture, seed)))
-        self.results += len(finished)
-        self._handed_over = time.process_time()
-        return finished
-
-    def _end(self, at: float, architecture: Architecture, seed: int) -> Evaluation:
-        if self._rng.random() >= self._load.failures:
-            return self._evaluator(architecture, seed=seed)
-        if self._load.restart > 0:
-            self._restarting += 1
-            self._push(at + self._load.restart, -1, None, 0)
-        outcome = Outcome.CRASH if self._rng.random() < 0.5 else Outcome.NODE_LOST
-        return failed(architecture, outcome, "simulated", seed=seed)
-
-    def close(self) -> None:
-        """Forget what is in flight."""
-        self._events.clear()
-
-    @property
-    def utilisation(self) -> float:
-        """Busy worker time over all worker time until the last new candidate was handed out."""
-        busy = sum(min(end, self._last_new) - start for start, end in self._spans if start < self._last_new)
-        return busy / (self._workers * self._last_new) if self._last_new > 0 else 1.0
 
 
 class FormulaEvaluator:
@@ -221,7 +121,7 @@ def make_config(options: argparse.Namespace, table: Table | None, evaluations: i
     search = {"evaluations": evaluations, "sampler": options.sampler, "seed": options.seed}
     if table is not None:
         count = min(evaluations, len(table.rows))
-        data = {"space": TableSpace.of(table), "search": search | {"evaluations": count}}
+        data = {"space": table.space, "search": search | {"evaluations": count}}
         return RunConfig.model_validate(data)
     return load_config(options.space, [f"search.{name}={value}" for name, value in search.items()])
 
@@ -243,12 +143,12 @@ def run(options: argparse.Namespace) -> list[Result]:
     print(HEADER, flush=True)
     done = []
     for workers, config in zip(fleet, configs, strict=True):
-        evaluator: Evaluator = FormulaEvaluator() if table is None else TableEvaluator(table)
+        evaluator: Evaluator = FormulaEvaluator() if table is None else ProblemEvaluator(table)
         done.append(simulate(config, evaluator, workers, load))
         print(line(done[-1][0]), flush=True)
     if options.no_serial:
         return [result for result, _ in done]
-    evaluator = FormulaEvaluator() if table is None else TableEvaluator(table)
+    evaluator = FormulaEvaluator() if table is None else ProblemEvaluator(table)
     quiet = Workload(load.mean, load.sigma, load.failures, 0.0, load.seed)
     largest = max(configs, key=lambda config: config.search.evaluations)
     serial, reference = simulate(largest, evaluator, 1, quiet)
@@ -275,8 +175,7 @@ def line(result: Result) -> str:
 def compare(result: Result, landscape: Landscape, reference: Landscape, table: Table | None) -> Result:
     """``result`` with its quality beside that of the serial search."""
     if table is not None:
-        low, high = table.values.min(axis=0), table.values.max(axis=0)
-        whole = hypervolume(table.scaled[front(table.scaled)], np.ones(table.scaled.shape[1]))
+        (low, high), whole = table.bounds, table.whole
     else:
         every = np.array(landscape.points + reference.points)
         low, high, whole = every.min(axis=0), every.max(axis=0), 1.0
@@ -284,6 +183,31 @@ def compare(result: Result, landscape: Landscape, reference: Landscape, table: T
     own = landscape.volume(count, low, high) / whole
     serial = reference.volume(count, low, high) / whole
     return Result(**(asdict(result) | {"quality": own, "quality_serial": serial, "quality_ratio": own / serial}))
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Utilisation and the driver's time an event against the size of the cluster."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    workers = [result.workers for result in results]
+    left.plot(workers, [100 * result.utilisation for result in results], marker="o")
+    left.axhline(99, color="gray", linestyle=":", label="99 %")
+    left.set(ylabel="busy worker time [%]")
+    right.plot(workers, [result.driver_ms_an_event for result in results], marker="o")
+    right.axhline(10, color="gray", linestyle=":", label="10 ms")
+    right.set(ylabel="driver time [ms an event]", ylim=(0, None))
+    for axes in (left, right):
+        axes.set(xlabel="workers")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(workers, [f"{count:,}" for count in workers])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -303,6 +227,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-serial", action="store_true", help="leave the comparison with one worker out")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
     return parser.parse_args(words)
 
 
@@ -313,9 +238,11 @@ def main() -> int:
         results = run(options)
         if options.json:
             settings = vars(options) | {"table": options.table and Path(options.table).name}
-            del settings["json"]
+            del settings["json"], settings["png"]
             data = {"schema_version": 1, "settings": settings, "results": [asdict(result) for result in results]}
             write_atomic(options.json, to_json(data))
+        if options.png:
+            draw([result for result in results if result.workers > 1], options.png)
     except ArchsearchError as error:
         print(f"error: {error.cause}\nremedy: {error.remedy}", file=sys.stderr)
         return error.exit_code

@@ -129,6 +129,80 @@ def test_inspect_prints_the_front(command: Command, run_path: Path) -> None:
     assert losses == sorted(losses)
 
 
+def test_replicates_tell_how_sure_a_front_is(command: Command, tmp_path: Path) -> None:
+    code, out, err = command("run", "--space", TINY, "--out", "r", *SMALL_FLAGS, "--replicates", "2")
+    assert code == 0, err
+    front = data(command("inspect", "r", "--json"), "inspect")["front"]
+    assert "other seeds" in out
+    assert f"training {len(front)} candidates of the front with 2 other seeds" in err
+    assert "seed noise 0.0014 nats" in out
+    files = {path.name for path in (tmp_path / "r" / "replicates").iterdir()}
+    assert files == {f"{one['number']:04d}-{seed}.json" for one in front for seed in (1, 2)}
+    for one in front:
+        found = one["replicates"]["loss"]
+        assert found["mean"] == pytest.approx(one["objectives"]["loss"] + 0.003)
+        assert found["std"] == pytest.approx(0.002 / 2**0.5)
+    trials = list((tmp_path / "r" / "trials").iterdir())
+    assert command("resume", "r", "--replicates", "3")[0] == 0
+    assert list((tmp_path / "r" / "trials").iterdir()) == trials
+    document = data(command("inspect", "r", "--json"), "inspect")
+    assert [len(one["replicates"]["loss"]["values"]) for one in document["front"]] == [3] * len(front)
+    assert document["seed_noise"]["freedom"] == 2 * len(front)
+
+
+def test_replicates_that_cannot_be_are_refused_before_the_search(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("run", "--space", TINY, "--out", "r", "--replicates", "0")
+    assert (code, "--replicates 0" in err) == (2, True)
+    words = ["--set", "search.objectives=[parameters]", "--replicates", "2"]
+    code, _, err = command("run", "--space", TINY, "--out", "r", *words)
+    assert (code, "do not depend on a seed" in err) == (3, True)
+    assert not (tmp_path / "r").exists()
+
+
+def test_rungs_are_shown_with_what_they_saved(command: Command) -> None:
+    rungs = ["--set", "proxy.tokens=80K", "--set", "proxy.rungs=[5K, 20K, 80K]"]
+    rungs += ["--set", "search.stopping.minimum=4", "--set", "search.stopping.confidence=0.6"]
+    code, out, err = command("run", "--space", TINY, "--out", "r", *SMALL_FLAGS, *rungs)
+    assert code == 0, err
+    document = data(command("inspect", "r", "--json"), "inspect")
+    stopped = document["outcomes"]["STOPPED"]
+    assert stopped > 0
+    assert f"stopped {stopped}" in err
+    assert re.search(r"^rungs: stopped \d+ at 5,000, \d+ at 20,000 tokens; .* saved$", out, re.M)
+    assert sum(document["rungs"]["stopped"].values()) == stopped
+    assert document["rungs"]["tokens"] < document["rungs"]["tokens_without"]
+    rows = list(csv.DictReader(io.StringIO(command("inspect", "r", "--csv")[1])))
+    one = next(row for row in rows if row["outcome"] == "STOPPED")
+    code, out, _ = command("inspect", "r", "--trial", one["number"])
+    assert "STOPPED" in out
+    assert re.search(r"rungs +\d\.\d{4} at 5,000", out)
+
+
+def test_noise_of_a_study_marks_neighbours(command: Command, tmp_path: Path, run_path: Path) -> None:
+    proxy = load_config(run_path / "config.yaml").proxy.model_dump(mode="json")
+    noise = {"std": 0.5, "low": 0.4, "high": 0.7, "freedom": 16, "source": "2 seeds"}
+    (tmp_path / "v").mkdir()
+    record = tmp_path / "v" / "validity.json"
+    record.write_text(json.dumps({"proxy": proxy, "noise": noise}))
+    code, out, _ = command("inspect", run_path, "--noise", "v")
+    assert code == 0
+    assert "loss as" in out
+    assert "seed noise 0.5000 nats" in out
+    front = data(command("inspect", run_path, "--noise", "v", "--json"), "inspect")["front"]
+    assert front[0]["indistinguishable"] == [front[1]["number"]]
+    record.write_text(json.dumps({"proxy": proxy | {"tokens": 5}, "noise": noise}))
+    assert command("inspect", run_path, "--noise", "v")[0] == 3
+    assert command("inspect", run_path, "--noise", "nowhere")[0] == 2
+
+
+def test_validate_proxy_refuses_before_it_trains(command: Command, tmp_path: Path) -> None:
+    words = ["validate-proxy", "--space", TINY, "--out", "v", "--architectures"]
+    assert command(*words, "2", "--long", "1M")[0] == 2
+    code, _, err = command(*words, "8", "--long", "80K")
+    assert (code, "no longer training" in err) == (2, True)
+    assert not (tmp_path / "v").exists()
+
+
 def test_inspect_as_csv(command: Command, run_path: Path) -> None:
     code, out, _ = command("inspect", run_path, "--csv")
     assert code == 0
@@ -218,6 +292,12 @@ def test_doctor(command: Command) -> None:
     assert {"python", "torch", "sqlite", "ray", "disk", "operator a", "operator m2"} <= checks.keys()
     assert all(check["status"] in ("ok", "warn") for check in checks.values())
     assert "off by" in checks["operator gd"]["detail"]
+
+
+def test_doctor_tunes_no_kernels_without_a_gpu(command: Command) -> None:
+    code, _, err = command("doctor", "--tune")
+    assert code == 4
+    assert "no NVIDIA GPU to tune kernels for" in err
 
 
 def test_doctor_fails_where_a_check_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ ROOT = {
     "schema",
     "space",
     "stage",
+    "stopping",
 }
 ALLOWED = {
     "root": ROOT,
@@ -34,6 +35,7 @@ ALLOWED = {
     "proxy": ROOT | {"model", "proxy"},
     "latency": ROOT | {"model", "latency"},
     "scaling": ROOT | {"search", "report", "scaling"},
+    "validity": ROOT | {"search", "report", "validity"},
     "export": ROOT | {"model", "proxy", "latency", "export"},
     "worker": ROOT | {"model", "proxy", "latency"},
 }
@@ -42,13 +44,16 @@ ONLY = {
     "torch": {"model", "proxy", "latency", "export", "worker", "commands"},
     "triton": {"model", "proxy", "latency", "commands"},
     "transformers": {"export"},
+    "tokenizers": {"proxy", "export"},
+    "datasets": {"proxy"},
+    "pyarrow": {"proxy"},
     "optuna": {"search"},
     "ray": {"search"},
     "pandas": {"search", "report", "api"},
     "matplotlib": {"report"},
 }
 """Which rooms may import a package."""
-HEAVY = ("torch", "pandas", "ray", "matplotlib", "transformers", "optuna", "sklearn")
+HEAVY = ("torch", "pandas", "ray", "matplotlib", "transformers", "tokenizers", "datasets", "optuna", "sklearn")
 
 
 def room_of(path: Path) -> str:

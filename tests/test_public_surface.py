@@ -17,25 +17,30 @@ from archsearch.evaluation import Evaluation, Outcome
 from archsearch.operators import OPERATORS
 
 COMMANDS = {
-    "run": "--dry-run --evaluations --executor --json --out --seed --set --space --workers",
-    "resume": "--json RUN",
-    "inspect": "--csv --json --trial --why RUN",
+    "run": "--dry-run --evaluations --executor --json --out --replicates --seed --set --space --workers",
+    "resume": "--json --replicates RUN",
+    "inspect": "--csv --json --noise --trial --why RUN",
     "export": "--format --json --to --trial RUN",
     "train": "--device --json --seed --set --space ARCH",
-    "latency": "--device --json --set --space ARCH",
+    "latency": "--batch --context --device --dtype --exact --json --set --space --tokens ARCH",
+    "data": "--json --set --space --tokenizer --vocab-size [SOURCE]",
     "validate": "--json FILE",
     "init": "--json FILE",
-    "doctor": "--json",
+    "doctor": "--json --tune",
+    "validate-proxy": "--architectures --correlation --json --long --out --seeds --set --short --space",
     "scaling": "--block --budgets --depths --json --latencies --metric --out --set --space --widths",
 }
 CONFIG = {
     "space": "hidden_size limits meta_tokens name options seeds stages tie_embeddings vocab_size",
     "space.stages": "blocks ffns layout mixers name pattern ratio",
-    "space.limits": "decode_latency full_attention operators parameters state_bytes state_context",
-    "search": "aging evaluations objectives sampler seed stop_after stop_epsilon",
-    "proxy": "batch beta1 beta2 clip context cooldown cuda_graph data dtype final_rate kernels learning_rate schedule "
-    "tokens validation_tokens validations warmup weight_decay weight_normalization",
-    "latency": "batch dtype repeats steps strata tokens",
+    "space.limits": "decode_latency full_attention operators parameters recall state_bytes state_context",
+    "search": "aging evaluations objectives sampler seed stop_after stop_epsilon stopping",
+    "proxy": "batch beta1 beta2 clip context cooldown corpus_tokens cuda_graph data dtype final_rate kernels "
+    "learning_rate recall rungs schedule split text_field token_dtype tokenizer tokens validation_tokens validations "
+    "warmup weight_decay weight_normalization",
+    "latency": "batch dtype others repeats steps strata tokens",
+    "search.stopping": "confidence minimum",
+    "proxy.recall": "batch context learning_rate pairs seeds test_sequences tokens vocab_size",
     "execution": "address allow_insecure_ray deadline device executor failure_minimum failure_rate grace "
     "min_free_bytes worker_failures workers",
 }
@@ -67,7 +72,7 @@ def test_python_names() -> None:
     for name in archsearch.__all__:
         assert getattr(archsearch, name).__name__ == name
     assert {name for name in vars(archsearch.Run) if not name.startswith("_")} == {
-        "candidates", "config", "dataframe", "export", "front", "path", "report", "results", "search",
+        "candidates", "config", "dataframe", "export", "front", "path", "replicate", "report", "results", "search",
     }  # fmt: skip
 
 
@@ -85,11 +90,11 @@ def test_records() -> None:
         "hidden_size", "meta_tokens", "norm_eps", "operators", "tie_embeddings", "vocab_size",
     }  # fmt: skip
     assert set(Evaluation.model_fields) == {
-        "architecture", "attempts", "curve", "device", "error", "metrics", "objectives", "outcome", "paths", "seconds",
-        "seed",
+        "architecture", "attempts", "curve", "device", "error", "metrics", "objectives", "outcome", "paths", "rungs",
+        "seconds", "seed", "verdict",
     }  # fmt: skip
     assert " ".join(Outcome) == (
-        "OK INFEASIBLE NAN OOM TIMEOUT CRASH NODE_LOST INVALID_MEASUREMENT CANCELLED"
+        "OK STOPPED INFEASIBLE NAN OOM TIMEOUT CRASH NODE_LOST INVALID_MEASUREMENT CANCELLED"
     )  # fmt: skip
 
 

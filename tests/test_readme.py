@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import archsearch
 from archsearch.architecture import SPACES
@@ -32,6 +33,8 @@ BUDGET = {
     "latency.repeats": 1,
     "execution.executor": "inline",
 }
+SMALLER = {"16": "3", "800K": "512", "3": "1"}
+"""What a number on a command line is here."""
 
 
 def blocks(language: str) -> list[str]:
@@ -55,11 +58,12 @@ def test_commands(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M), line
             continue
         assert program == "archsearch", line
-        if words[0] == "run":
+        if words[0] in ("run", "validate-proxy"):
             words += [word for key, value in BUDGET.items() for word in ("--set", f"{key}={value}")]
+        words = [SMALLER.get(word, word) for word in words]
         assert main(words) == 0, capsys.readouterr().err
         ran.add(words[0])
-    assert ran >= {"doctor", "run", "inspect", "export", "resume", "init", "validate"}
+    assert ran >= {"doctor", "run", "inspect", "export", "resume", "init", "validate", "validate-proxy"}
     assert (checkout / "experiments" / "mine" / "best" / "model.safetensors").exists()
     assert os.path.getsize(checkout / "experiments" / "mine" / "pareto.png") > 10_000
 
@@ -78,9 +82,20 @@ def test_python(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_example_space(checkout: Path) -> None:
-    (code,) = blocks("yaml")
+    code = next(block for block in blocks("yaml") if block.startswith("space:\n"))
     Path("example.yaml").write_text(code)
     assert isinstance(load_config("example.yaml"), RunConfig)
+
+
+def test_every_piece_of_a_config_fits_into_the_example(checkout: Path) -> None:
+    example, *pieces = sorted(blocks("yaml"), key=lambda block: not block.startswith("space:\n"))
+    for piece in pieces:
+        whole = yaml.safe_load(example)
+        whole["proxy"].pop("tokens")
+        for section, values in yaml.safe_load(piece).items():
+            whole[section] = {**whole[section], **values}
+        Path("piece.yaml").write_text(yaml.safe_dump(whole))
+        assert isinstance(load_config("piece.yaml"), RunConfig)
 
 
 def test_what_it_names_exists() -> None:
@@ -88,7 +103,7 @@ def test_what_it_names_exists() -> None:
         assert (ROOT / target).exists(), target
     for name in re.findall(r"`(search_spaces/[^`]+)`", TEXT):
         assert (ROOT / name).exists(), name
-    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*?\|", TEXT.split("## Commands")[1], re.M))))
+    named = set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| `.*?\|", TEXT.split("## Commands")[1], re.M))))
     assert named == {command.name or command.callback.__name__ for command in app.registered_commands}
 
 

@@ -21,7 +21,8 @@ from archsearch.evaluation import Evaluation, Outcome
 from archsearch.latency import decode
 from archsearch.model.hybrid import build_model
 from archsearch.model.layers.ffn import FFN
-from archsearch.proxy import trainer
+from archsearch.proxy import step, trainer
+from archsearch.proxy.loss import token_loss
 from archsearch.space import SearchSpace
 from archsearch.worker import ProxyEvaluator, classify, save_weights
 
@@ -65,7 +66,7 @@ def test_evaluation_is_complete(tmp_path: Path) -> None:
     assert found.objectives["decode_latency"] > 0
     assert found.objectives["state_bytes"] == CANDIDATE.state_bytes(8192)
     assert [tokens for tokens, _ in found.curve] == [512, 1024]
-    phases = {"import", "latency", "data", "build", "train", "validate", "save", "idle", "other"}
+    phases = {"import", "latency", "data", "build", "kernels", "train", "validate", "save", "idle", "other"}
     assert set(found.seconds) == phases
     assert min(found.seconds.values()) >= 0
     assert found.paths == {"decode": "torch step", "step": "eager", "loss": "torch", "a": "torch", "f": "torch"}
@@ -171,12 +172,19 @@ def test_seconds_are_complete_and_idle_time_is_counted() -> None:
     assert sum(found.seconds.values()) - found.seconds["idle"] == pytest.approx(took, abs=0.1)
 
 
-def test_seconds_of_a_training_that_failed_are_kept() -> None:
-    config = config_of(search=SearchConfig(objectives=("loss",)))
-    proxy = config.proxy.model_copy(update={"learning_rate": 10.0, "clip": 1e9, "warmup": 0.0, "tokens": 10**6})
-    found = evaluate(config.model_copy(update={"proxy": proxy}))
-    assert found.outcome is Outcome.NAN or found.ok
+def test_training_that_diverges_keeps_its_curve_and_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(range(100))
+
+    def poisoned(*inputs: torch.Tensor) -> torch.Tensor:
+        late = torch.is_grad_enabled() and next(steps) >= 2
+        return token_loss(*inputs) * (float("nan") if late else 1)
+
+    monkeypatch.setattr(step, "token_loss", poisoned)
+    found = evaluate(config_of(search=SearchConfig(objectives=("loss",))))
+    assert found.outcome is Outcome.NAN
+    assert [tokens for tokens, _ in found.curve] == [512]
     assert found.seconds["train"] > 0
+    assert found.objectives == {}
 
 
 def test_divergence_keeps_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,3 +253,19 @@ def test_import_loads_no_torch() -> None:
 def test_cpu_worker_uses_one_thread_unless_told(environment: dict[str, str], threads: str) -> None:
     code = "import torch, archsearch.worker as w; w._prepare('cpu'); print(torch.get_num_threads())"
     assert run_python(code, **environment) == threads
+
+
+def test_too_many_epochs_are_said_before_the_search(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "text").write_text("a line of text\n" * 2000)
+    proxy = config_of().proxy.model_copy(update={"data": str(tmp_path / "text"), "tokens": 10**6})
+    config = config_of(proxy=proxy, search=SearchConfig(objectives=("loss",)))
+    worker.prepare_data(config)
+    assert "proxy.tokens is 35.1 epochs of its 28,501 training tokens" in caplog.text
+    with pytest.raises(ConfigError, match="does not exist"):
+        worker.prepare_data(config_of(proxy=proxy.model_copy(update={"data": str(tmp_path / "none")})))
+
+
+def test_data_is_not_looked_at_where_nobody_trains_here(tmp_path: Path) -> None:
+    proxy = config_of().proxy.model_copy(update={"data": str(tmp_path / "none")})
+    worker.prepare_data(config_of(proxy=proxy, search=SearchConfig(objectives=("parameters",))))
+    worker.prepare_data(config_of(proxy=proxy, execution=ExecutionConfig(address="somewhere:6379")))

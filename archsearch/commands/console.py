@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import tempfile
 import traceback
@@ -30,6 +31,19 @@ def stderr() -> Console:
 def say(text: str) -> None:
     """One line for the person who waits, on stderr."""
     print(printable(text), file=sys.stderr, flush=True)
+
+
+class _Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def show_log() -> None:
+    """Let what the library reports reach the person who waits."""
+    log = logging.getLogger("archsearch")
+    if not any(isinstance(handler, _Log) for handler in log.handlers):
+        log.addHandler(_Log())
+        log.setLevel(logging.INFO)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import sqlite3
 import stat
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 Status = Literal["ok", "warn", "fail"]
 GIB = 2**30
 TOKENS, HIDDEN = 24, 64
+WIDTH = 512
+"""At which the training kernels are checked, with each kind's default options."""
+
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 """Largest difference of logits from the plain forward on the CPU, relative to the largest logit."""
 
@@ -64,6 +69,11 @@ def run_checks() -> Iterator[Check]:
     yield _guard("shared memory", check_shared_memory)
     for kind in OPERATORS:
         yield _guard(f"operator {kind}", partial(check_operator, kind))
+    if gpus:
+        yield _guard("tuned kernels", check_tuned)
+        compile_all()
+        for kind in OPERATORS:
+            yield _guard(f"kernels {kind}", partial(check_kernels, kind))
 
 
 def _guard(name: str, check: Callable[[], Check]) -> Check:
@@ -209,6 +219,52 @@ def check_operator(kind: str) -> Check:
     if not max(forward, steps) < TOLERANCE[device]:
         return Check(f"operator {kind}", "fail", detail, "check the versions of torch, triton and fla")
     return Check(f"operator {kind}", "ok", detail)
+
+
+def check_tuned() -> Check:
+    """Kernel configurations are known for this GPU, so that nothing is tuned while a candidate waits."""
+    from archsearch.model.tuned import known_files
+
+    files = known_files()
+    if not files:
+        return Check("tuned kernels", "warn", "none for this GPU: first steps take minutes", "archsearch doctor --tune")
+    return Check("tuned kernels", "ok", ", ".join(str(path) for path in files))
+
+
+def compile_all() -> None:
+    """Compile the kernels of all kinds side by side; their checks then find them."""
+    from archsearch.model.training_path import compile_ahead
+
+    with contextlib.suppress(Exception):  # whatever is wrong shows in the checks themselves
+        compile_ahead([(config(), WIDTH) for config in OPERATORS.values()])
+
+
+def check_kernels(kind: str) -> Check:
+    """The path that this GPU trains a kind with, in bf16, against the reference: output and every gradient."""
+    import torch
+
+    from archsearch.errors import ArchsearchError, EnvironmentUnfit
+    from archsearch.model import fla_library, self_check
+    from archsearch.model.layers import LAYERS
+
+    name, device, config = f"kernels {kind}", torch.device("cuda"), OPERATORS[kind]()
+    start = time.perf_counter()
+    try:
+        LAYERS[kind](config, WIDTH).require()
+    except EnvironmentUnfit as error:
+        return Check(name, "warn", error.cause, error.remedy)
+    try:
+        fla_library.require(device)
+        found = self_check.require_sound(config, WIDTH, device)
+    except ArchsearchError as error:
+        return Check(name, "fail", error.cause, error.remedy)
+    layer = LAYERS[kind](config, WIDTH)
+    layer.path = "fla"
+    errors = ", ".join(f"{part} {error:.0e}" for part, error in found.errors.items())
+    detail = f"{layer.implementation}, {time.perf_counter() - start:.1f} s, off by: {errors}"
+    if fla_library.miscompiles(device):
+        detail += "; this Triton miscompiles gated operators on Hopper GPUs, but this check passed"
+    return Check(name, "ok", detail)
 
 
 def _step_error(model: HybridLM, tokens: Tensor, reference: Tensor) -> Tensor:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
 from archsearch.api import Results, open_run
+from archsearch.commands.certainty import (
+    certainty_cells,
+    certainty_columns,
+    certainty_json,
+    certainty_lines,
+    rungs_json,
+)
 from archsearch.commands.console import print_json, safe, say, stdout
 from archsearch.commands.insight import insight_json, print_insight
 from archsearch.errors import StorageError, UsageError
@@ -19,12 +27,25 @@ if TYPE_CHECKING:
     from archsearch.export import Format
     from archsearch.search.study import Candidate
 
-COLUMNS = {"loss": "loss", "decode_latency": "decode [s]", "parameters": "parameters", "state_bytes": "state [KiB]"}
+COLUMNS = {
+    "loss": "loss",
+    "recall": "recall error",
+    "decode_latency": "decode [s]",
+    "parameters": "parameters",
+    "state_bytes": "state [KiB]",
+}
 
 
-def show(path: Path, trial: int | None, *, json: bool, csv: bool, why: bool) -> None:
-    """Print a run, or one of its trials, and bring its report up to date."""
+def show(path: Path, trial: int | None, *, json: bool, csv: bool, why: bool, noise: Path | None = None) -> None:
+    """Print a run, or one of its trials, and bring its report up to date.
+
+    Seed noise comes from the study of ``validate-proxy`` in ``noise``, or else from the replicates of the run.
+    """
     results = open_run(path).results()
+    if noise is not None:
+        from archsearch.validity.study import read_noise
+
+        results = replace(results, given_noise=read_noise(noise, results.config.proxy))
     if trial is not None:
         candidate = results.candidate(trial)
         print_json("inspect", {"trial": trial_json(candidate)}) if json else print_trial(candidate)
@@ -87,8 +108,12 @@ def front_json(results: Results) -> dict[str, Any]:
         "outcomes": outcomes(results.candidates),
         "hypervolume": results.hypervolume,
         "hypervolume_reference": list(results.reference) if results.reference else None,
+        "front": [
+            trial_json(candidate, brief=True) | certainty_json(results, candidate) for candidate in results.front
+        ],
+        "seed_noise": results.noise.model_dump(mode="json") if results.noise else None,
+        "rungs": rungs_json(results),
         "device_time": {"seconds": time.seconds, "overhead": time.overhead},
-        "front": [trial_json(candidate, brief=True) for candidate in results.front],
     }
 
 
@@ -128,12 +153,15 @@ def print_front(results: Results) -> None:
         grid.add_column(safe(COLUMNS[name]), justify="right")
     if "loss" in objectives:
         grid.add_column("perplexity", justify="right")
+    certainty = certainty_columns(results)
+    for column in certainty:
+        grid.add_column(safe(column), justify="right")
     if "parameters" not in objectives:
         grid.add_column("parameters", justify="right")
     grid.add_column("width", justify="right")
     grid.add_column("operators", overflow="fold")
     for candidate in results.front:
-        grid.add_row(*_cells(candidate, objectives))
+        grid.add_row(*_cells(candidate, objectives, certainty_cells(results, candidate, certainty)))
     console = stdout()
     console.print(grid)
     total = results.config.search.evaluations
@@ -147,15 +175,18 @@ def print_front(results: Results) -> None:
     time = device_time(results.candidates)
     if time.total:
         console.print(f"time: {time}", soft_wrap=True)
+    for line in certainty_lines(results):
+        console.print(line, soft_wrap=True)
 
 
-def _cells(candidate: Candidate, objectives: tuple[str, ...]) -> list[str]:
+def _cells(candidate: Candidate, objectives: tuple[str, ...], certainty: list[str]) -> list[str]:
     architecture, evaluation = candidate.architecture, candidate.evaluation
     assert architecture is not None
     assert evaluation is not None
     cells = [str(candidate.number), *(_value(name, evaluation.objectives[name]) for name in objectives)]
     if "loss" in objectives:
         cells.append(f"{math.exp(evaluation.objectives['loss']):.2f}")
+    cells += certainty
     if "parameters" not in objectives:
         cells.append(_value("parameters", architecture.parameters))
     return [*cells, str(architecture.hidden_size), safe(architecture.notation)]
@@ -178,8 +209,9 @@ def print_trial(candidate: Candidate) -> None:
         curve = ", ".join(f"{loss:.4f} at {tokens:,}" for tokens, loss in evaluation.curve)
         seconds = ", ".join(f"{name} {value:.2f}" for name, value in evaluation.seconds.items())
         paths = ", ".join(f"{name} {value}" for name, value in evaluation.paths.items())
-        facts |= {"curve": curve, "seconds": seconds, "paths": paths, "device": evaluation.device}
-        facts |= {"seed": evaluation.seed}
+        rungs = ", ".join(f"{rung.objectives['loss']:.4f} at {rung.tokens:,}" for rung in evaluation.rungs)
+        facts |= {"curve": curve, "rungs": rungs, "seconds": seconds, "paths": paths, "device": evaluation.device}
+        facts |= {"seed": evaluation.seed, "bits per byte": evaluation.metrics.get("bits_per_byte")}
     console = stdout()
     for name, value in facts.items():
         if value not in (None, "", {}):

@@ -69,9 +69,12 @@ class SearchProgress:
         if now is None:
             return [("", "starting")]
         facts = [("done", f"{now.done}/{now.total}"), ("running", str(now.running)), ("failed", str(now.failed))]
+        if now.stopped:
+            facts.append(("stopped", str(now.stopped)))
         if now.best_loss is not None:
             facts.append((f"best {self._objective.replace('_', ' ')}", f"{now.best_loss:.4g}"))
-        facts.append(("front", str(now.front_size)))
+        if now.front_size is not None:
+            facts.append(("front", str(now.front_size)))
         if now.hypervolume is not None:
             facts.append(("hypervolume", f"{now.hypervolume:.4g}"))
         if now.seconds_left is not None:

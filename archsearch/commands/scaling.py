@@ -18,7 +18,7 @@ from archsearch.scaling.grid import make_grid
 from archsearch.scaling.law import Metric
 from archsearch.scaling.study import UNITS, Analysis, run_scaling
 from archsearch.schema import did_you_mean, parse_quantity
-from archsearch.worker import ProxyEvaluator
+from archsearch.worker import ProxyEvaluator, prepare_data
 
 
 def start(
@@ -56,6 +56,7 @@ def start(
         budgets=_numbers("--budgets", budgets, parse_quantity) if budgets else (),
         block=block,
     )
+    prepare_data(config)
     path = out or Path("experiments") / f"{config.space.name}-scaling-{datetime.now():%Y%m%d-%H%M%S}"
     models = len(grid.depths) * len(grid.widths)
     say(f"study folder: {path}; {len(grid.budgets)} budget(s) of {models} models of {grid.block!r}")

@@ -47,6 +47,7 @@ def train(architecture: Architecture, config: ProxyConfig, *, seed: int, device:
     """Train the proxy of ``architecture``; the result as plain data."""
     from archsearch.latency.device import resolve_device
     from archsearch.latency.lock import sharing
+    from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
     where = resolve_device(device)
@@ -61,6 +62,7 @@ def train(architecture: Architecture, config: ProxyConfig, *, seed: int, device:
         "architecture": describe_architecture(architecture),
         "loss": result.loss,
         "perplexity": math.exp(result.loss),
+        "bits_per_byte": load_corpus(config, architecture.vocab_size).bits_per_byte(result.loss),
         "tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
         "curve": [list(point) for point in result.curve],
@@ -74,9 +76,10 @@ def train(architecture: Architecture, config: ProxyConfig, *, seed: int, device:
 
 def train_lines(result: dict[str, Any]) -> list[str]:
     """The result of ``train`` as text."""
+    bits = f", {result['bits_per_byte']:.4f} bits a byte" if result["bits_per_byte"] is not None else ""
     return [
         _head(result["architecture"]),
-        f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}",
+        f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}{bits}",
         f"{result['tokens']:,} tokens trained, {result['tokens_per_second']:,.0f} a second, "
         f"on {result['device']} in {result['dtype']}",
     ]

@@ -29,7 +29,7 @@ TEMPLATE = """\
 space:
   name: my-space
   hidden_size: [64, 96, 128]      # one value, a list of choices, or {{min: 64, max: 128, step: 32}}
-  vocab_size: 256                 # the proxy trains on bytes, so 256 is enough
+  vocab_size: 256                 # enough for bytes; 32768 or so for proxy.tokenizer bpe
   stages:                         # an architecture is its stages, one after the other
     - name: early
       mixers: [a, d, gd+a, m2+a]  # kinds joined by +: a attention, w window, d DeltaNet, gd gated, gl GLA, m2 Mamba-2
@@ -56,7 +56,8 @@ search:
   evaluations: 24
   objectives: [loss, decode_latency]
 proxy:                            # the short training that scores a candidate
-  data: builtin:python            # or a text file, a folder, a glob
+  data: builtin:python            # or files:PATH, tokens:PATH, hf:OWNER/NAME
+  tokenizer: bytes                # or bpe, a tokenizer.json, a pretrained name
   tokens: 200K
   batch: 8
   context: 256

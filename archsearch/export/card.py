@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from string import Template
+from typing import TYPE_CHECKING
 
 from archsearch.config import ProxyConfig
 from archsearch.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from archsearch.proxy.tokenizer import TextTokenizer
 
 _CARD = Template("""\
 # $title
@@ -30,12 +34,18 @@ prompt = tokenizer("def ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100, do_sample=True)[0]))
 ```
 
-A token is a byte. Batches need prompts of equal length: padding would enter the recurrent states.
+$tokens Batches need prompts of equal length: padding would enter the recurrent states.
 `evaluation.json` holds the whole record; `archsearch train` and `archsearch latency` read it.
 """)
 
 
-def model_card(evaluation: Evaluation, number: int, proxy: ProxyConfig, source: str = "") -> str:
+def model_card(
+    evaluation: Evaluation,
+    number: int,
+    proxy: ProxyConfig,
+    source: str = "",
+    tokenizer: TextTokenizer | None = None,
+) -> str:
     """Markdown: what the model is, how it scored, how to load it."""
     architecture = evaluation.architecture
     rows = [
@@ -51,16 +61,27 @@ def model_card(evaluation: Evaluation, number: int, proxy: ProxyConfig, source: 
         title=f"archsearch-{architecture.id}",
         source=f" in the run `{source}`" if source else "",
         number=number,
+        tokens=_tokens(tokenizer),
         notation=architecture.notation,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows),
     )
+
+
+def _tokens(tokenizer: TextTokenizer | None) -> str:
+    if tokenizer is None:
+        return "It was trained on tokens whose tokenizer is not known: bring your own."
+    if tokenizer.name == "bytes":
+        return "A token is a byte."
+    return f"Its tokenizer ({tokenizer.name}) has {tokenizer.vocab_size:,} tokens."
 
 
 def _scores(evaluation: Evaluation, proxy: ProxyConfig) -> list[tuple[str, str]]:
     found = []
     loss = evaluation.objectives.get("loss")
     if loss is not None:
-        value = f"{loss:.4f} nats a token (perplexity {math.exp(loss):.2f}) after {proxy.tokens:,} tokens"
+        bits = evaluation.metrics.get("bits_per_byte")
+        worth = f", {bits:.4f} bits a byte" if bits is not None else ""
+        value = f"{loss:.4f} nats a token (perplexity {math.exp(loss):.2f}{worth}) after {proxy.tokens:,} tokens"
         found += [("validation loss", value), ("trained on", f"`{proxy.data}`")]
     if (latency := evaluation.objectives.get("decode_latency")) is not None:
         measured = evaluation.metrics.get("latency", {})

@@ -1,12 +1,43 @@
-"""The tokenizer of the proxy's models: token i is byte i, and a zero byte ends a document."""
+"""The tokenizer that a model was trained with, as transformers loads it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from archsearch.config import ProxyConfig, split_data
+from archsearch.proxy.data import load_corpus
+from archsearch.proxy.tokenizer import JSON_NAME, ByteTokenizer, SubwordTokenizer, TextTokenizer, read_tokenizer
+
 BYTES = 256
-DOCUMENT_END = 0
+
+
+def trained_with(proxy: ProxyConfig, vocab_size: int, kept: Path) -> TextTokenizer | None:
+    """The tokenizer of a training; None where the data were tokens of unknown origin.
+
+    Args:
+        proxy: how the model was trained.
+        vocab_size: of the model.
+        kept: the folder where the run kept its tokenizer. Without one, the corpus gives it again.
+    """
+    if (kept / JSON_NAME).is_file():
+        return read_tokenizer(kept / JSON_NAME, proxy.tokenizer)
+    if proxy.tokenizer == "bytes" or (proxy.tokenizer == "auto" and split_data(proxy.data)[0] != "tokens"):
+        return ByteTokenizer()
+    return load_corpus(proxy, vocab_size).tokenizer
+
+
+def for_transformers(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers with the same ids. Nothing is added to a text: no start, no end."""
+    if not isinstance(tokenizer, SubwordTokenizer):
+        return byte_tokenizer()
+    end = tokenizer.end_name
+    names = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+    plain = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    plain.post_processor = None  # a template would add the start that the training never saw
+    return PreTrainedTokenizerFast(tokenizer_object=plain, clean_up_tokenization_spaces=False, **names)
 
 
 def byte_symbols() -> list[str]:

@@ -19,6 +19,7 @@ from archsearch.files import to_json, write_atomic
 
 if TYPE_CHECKING:
     from archsearch.model.hybrid import HybridLM
+    from archsearch.proxy.tokenizer import TextTokenizer
 
 Format = Literal["hf", "yaml", "json"]
 FORMATS: tuple[Format, ...] = ("hf", "yaml", "json")
@@ -106,8 +107,8 @@ def _write_folder(
     try:
         draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
-            _save_model(evaluation, draft, proxy, weights, say)
-            (draft / "README.md").write_text(model_card(evaluation, number, proxy, source), encoding="utf-8")
+            tokenizer = _save_model(evaluation, draft, proxy, weights, say)
+            (draft / "README.md").write_text(model_card(evaluation, number, proxy, source, tokenizer), encoding="utf-8")
             (draft / "evaluation.json").write_text(to_json(evaluation.model_dump(mode="json")), encoding="utf-8")
             for path in draft.iterdir():
                 path.chmod(0o644)
@@ -122,22 +123,26 @@ def _write_folder(
 
 def _save_model(
     evaluation: Evaluation, folder: Path, proxy: ProxyConfig, weights: Path, say: Callable[[str], None]
-) -> None:
+) -> TextTokenizer | None:
+    """Write weights, configuration and tokenizer; gives the tokenizer."""
     # Loaded here: the other formats need neither torch nor transformers.
     from transformers import GenerationConfig
     from transformers.utils import logging
 
     from archsearch.export.configuration import HybridConfig
     from archsearch.export.modeling import HybridForCausalLM
-    from archsearch.export.tokenizer import DOCUMENT_END, byte_tokenizer
+    from archsearch.export.tokenizer import for_transformers, trained_with
 
-    model = HybridForCausalLM(HybridConfig.from_architecture(evaluation.architecture, dtype="float32"))
+    architecture = evaluation.architecture
+    tokenizer = trained_with(proxy, architecture.vocab_size, weights.parent)
+    model = HybridForCausalLM(HybridConfig.from_architecture(architecture, dtype="float32"))
     if weights.is_file():
         _load_weights(model.model, weights)
     else:
         model.model.load_state_dict(_train_again(evaluation, proxy, say).state_dict())
-    ends = {"bos_token_id": DOCUMENT_END, "eos_token_id": DOCUMENT_END, "pad_token_id": DOCUMENT_END}
-    model.generation_config = GenerationConfig(**ends)
+    if tokenizer is not None and tokenizer.end is not None:
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end)
+        model.generation_config = GenerationConfig(**ends)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -145,7 +150,9 @@ def _save_model(
     finally:
         if bars:
             logging.enable_progress_bar()
-    byte_tokenizer().save_pretrained(folder)
+    if tokenizer is not None:
+        for_transformers(tokenizer).save_pretrained(folder)
+    return tokenizer
 
 
 def _load_weights(model: HybridLM, path: Path) -> None:

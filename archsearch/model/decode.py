@@ -16,8 +16,9 @@ from torch import Tensor
 from archsearch.errors import EnvironmentUnfit, UsageError
 from archsearch.model.hybrid import DecodeState, HybridLM, Residual
 from archsearch.model.kernels import TORCH, TRITON, Kernels
-from archsearch.model.kernels.chains import Chain, Workspace, build_chain
+from archsearch.model.kernels.chains import build_chain
 from archsearch.model.kernels.projection import Norm, head_parts, kernel_count
+from archsearch.model.kernels.workspace import Chain, Workspace
 
 WARM_UP = 3
 """Steps run before a capture: each kernel is compiled and loaded by then."""
@@ -122,7 +123,7 @@ class DecodePlan:
         self.position.copy_(state.position)
         for chain, source in zip(self.chains, state.layers, strict=True):
             for name, buffer in source.items():
-                if name == "conv":
+                if name == "conv" and not chain.plain:
                     _fill_ring(chain.state[name], buffer, int(state.position))
                 elif name in ("k", "v"):
                     chain.state[name][:, :, : buffer.shape[2]] = buffer
@@ -148,6 +149,11 @@ class DecodePlan:
         return sum(kernel_count(launch, self.batch) for launch in chain.launches)
 
     @property
+    def plain(self) -> set[str]:
+        """The kinds of operators that have no kernels and run their own plain-torch step."""
+        return {chain.kind for chain in self.chains if chain.plain}
+
+    @property
     def operators(self) -> Counter[str]:
         """How many operators of each kind there are."""
         return Counter(chain.kind for chain in self.chains)
@@ -163,6 +169,7 @@ class DecodeGraph:
 
     Attributes:
         plan: what was captured.
+        path: what runs.
         steps: tokens that each ``step`` decodes.
         logits: [B, vocab], of the last token.
         token: [B] in int64, the token chosen last.
@@ -172,14 +179,14 @@ class DecodeGraph:
         UsageError: see ``DecodePlan``; or fewer than one step.
     """
 
-    path = "Triton kernels, CUDA graph"
-
     def __init__(self, model: HybridLM, batch: int, tokens: int, steps: int = 1) -> None:
         if not model.embed_tokens.weight.is_cuda:
             raise EnvironmentUnfit("CUDA graphs need a model on an NVIDIA GPU", "move the model there")
         if steps < 1:
             raise UsageError(f"a graph of {steps} steps", "capture at least one")
         self.plan = DecodePlan(model, batch, tokens)
+        plain = f", plain torch for {' '.join(sorted(self.plan.plain))}" if self.plan.plain else ""
+        self.path = f"Triton kernels{plain}, CUDA graph"
         self.steps, self.logits, self.token = steps, self.plan.logits, self.plan.token
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.logits.device):

@@ -1,87 +1,229 @@
-"""The recurrences through flash-linear-attention's Triton kernels: what GPUs train with.
+"""The recurrences through flash-linear-attention's Triton kernels, and attention through flash kernels.
 
-Same arguments and results as the functions of ``recurrence.py``, which are the truth that they are tested
-against. Inputs are cast to bf16 (or fp16, where that is what comes in): the kernels take no fp32.
-The operators' functions are called directly; the library's layer classes swallow unknown options.
+Same results as the functions of ``recurrence.py`` and of the layers, which are the truth that these are
+tested against. The library's functions are called directly: its layer classes swallow unknown options.
+Everything here computes in bf16 or fp16 (``half``), with states and decays in fp32.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from archsearch.errors import EnvironmentUnfit
-from archsearch.model.recurrence import Mixed
+from archsearch.errors import ConfigError
+from archsearch.model.fla_library import installed, operator
 
-MIN_TRITON = (3, 7, 1)
-"""Triton from 3.4 up to this miscompiles the gated backward pass on Hopper: wrong gradients, no error."""
+ALIGNED = 16
+"""Columns that keep the rows of a 16-bit product aligned for matrix units."""
 
-HOPPER = (9, 0)
-
-
-def require(device: torch.device) -> None:
-    """Raise EnvironmentUnfit where the kernels are missing or known to give wrong gradients on ``device``."""
-    if device.type != "cuda":
-        raise EnvironmentUnfit(f"flash-linear-attention's kernels do not run on {device}", "set proxy.kernels=auto")
-    missing = [name for name in ("fla", "triton") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EnvironmentUnfit(
-            f"training on a GPU needs {' and '.join(missing)}",
-            "pip install 'archsearch[cuda]', or set proxy.kernels=torch for the slow reference",
-        )
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
-    if torch.cuda.get_device_capability(device) == HOPPER and (3, 4, 0) <= version < MIN_TRITON:
-        raise EnvironmentUnfit(
-            f"Triton {triton.__version__} gives wrong gradients of gated operators on Hopper GPUs",
-            "install triton 3.7.1 or later, or set proxy.kernels=torch for the slow reference",
-        )
+SCAN_CHUNK = 256
+"""Tokens a chunk of mamba-ssm's scan: its own default."""
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None) -> Mixed:
-    """The delta rule with raw ``q`` and ``k``, which the kernels normalise; shapes as in ``delta_rule_chunked``."""
-    q, k, v = _half(q, k, v)
-    shared: dict[str, Any] = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
-    if decay is None:
-        from fla.ops.delta_rule import chunk_delta_rule
-
-        o, state = chunk_delta_rule(q, k, v, beta.to(q.dtype), **shared)
-        return o, state.mT
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    return chunk_gated_delta_rule(q, k, v, decay.float(), beta.float(), state_v_first=True, **shared)
+def half(x: Tensor) -> Tensor:
+    """``x`` in the type of ``half_dtype``."""
+    return x.to(half_dtype(x))
 
 
-def gla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Mixed:
+def half_dtype(x: Tensor) -> torch.dtype:
+    """The 16-bit type that kernels compute in: autocast's, or that of ``x``.
+
+    Raises:
+        ConfigError: ``x`` is fp32 and autocast is off.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(f"the GPU kernels compute in bfloat16, not {dtype}", "set proxy.dtype=bfloat16")
+    return dtype
+
+
+def project(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs of several projections of ``x`` (what ``half`` gives) side by side, by one matrix product."""
+    weight = _SideBySide.apply(x.dtype, 1, *(layer.weight for layer in layers))
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return F.linear(x, weight, torch.cat(biases).to(x.dtype) if biases else None)
+
+
+def project_apart(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """The outputs of several projections without bias as views of one product, for those that few columns have."""
+    weight = _SideBySide.apply(x.dtype, ALIGNED, *(layer.weight for layer in layers))
+    sizes = [layer.out_features for layer in layers]
+    return F.linear(x, weight).split([*sizes, len(weight) - sum(sizes)], dim=-1)[:-1]
+
+
+class _SideBySide(torch.autograd.Function):
+    """Weights cast and joined in one pass, filled up with rows of zeros to a multiple."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, multiple: int, *weights: Tensor) -> Tensor:
+        ctx.sizes = [len(weight) for weight in weights]
+        ctx.dtypes = [weight.dtype for weight in weights]
+        rows = sum(ctx.sizes)
+        merged = weights[0].new_empty(rows + -rows % multiple, weights[0].shape[1], dtype=dtype)
+        for part, weight in zip(merged[:rows].split(ctx.sizes), weights, strict=True):
+            part.copy_(weight)
+        merged[rows:].zero_()
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = grad[: sum(ctx.sizes)].split(ctx.sizes)
+        return None, None, *(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True))
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """The delta rule with normalised ``q`` and ``k``; shapes as in ``delta_rule_chunked``, a state if ``keep``."""
+    chunk = operator("fla.ops.delta_rule.chunk:chunk_delta_rule")
+    o, state = chunk(q, k, v, beta.to(q.dtype), output_final_state=keep)
+    return o, state.mT if keep else None
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, a_log: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule with normalised ``q`` and ``k``, and gates as projected: [B, T, H] before
+    sigmoid (``beta``) and before softplus (``decay``).
+    """
+    chunk = operator("fla.ops.gated_delta_rule.chunk:chunk_gated_delta_rule")
+    return chunk(
+        q, k, v, decay, beta, output_final_state=keep, state_v_first=True, use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True, A_log=a_log, dt_bias=dt_bias,
+    )  # fmt: skip
+
+
+def gla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention; shapes as in ``gla_chunked``."""
-    from fla.ops.gla import chunk_gla
-
-    q, k, v = _half(q, k, v)
-    return chunk_gla(q, k, v, decay.float(), output_final_state=True, state_v_first=True)
+    chunk = operator("fla.ops.gla.chunk:chunk_gla")
+    return chunk(q, k, v, decay.float(), output_final_state=keep, state_v_first=True)
 
 
-def ssd(c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor) -> Mixed:
-    """Mamba-2's state-space model as linear attention with one decay a head; shapes as in ``Mamba2.mix``."""
-    from fla.ops.simple_gla import chunk_simple_gla
+def kda(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, a_log: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Kimi Delta Attention with normalised ``q`` and ``k``, and gates as projected: ``beta`` [B, T, H] before
+    sigmoid, ``decay`` [B, T, H, K] before softplus.
+    """
+    chunk = operator("fla.ops.kda.chunk:chunk_kda")
+    return chunk(
+        q, k, v, decay, beta, output_final_state=keep, state_v_first=True, use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True, A_log=a_log, dt_bias=dt_bias,
+    )  # fmt: skip
 
+
+def rwkv7(
+    r: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Tensor, strongest: float, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """RWKV-7's recurrence, its log decays at least ``strongest``; shapes as in ``dplr_chunked``."""
+    chunk = operator("fla.ops.rwkv7.chunk:chunk_rwkv7")
+    # with decays this weak a chunk of 64 stays in the range of the matrix units
+    o, state = chunk(
+        r, decay, k, v, a, b, scale=1.0, output_final_state=keep, safe_gate=True, lower_bound=strongest, chunk_size=64
+    )
+    return o, state.mT if keep else None
+
+
+def ssd(
+    c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2's state-space model with its skip ``D x``; a state if ``keep``.
+
+    Args:
+        c: [B, T, groups, state], reads the state.
+        b: [B, T, groups, state], writes to it.
+        x: [B, T, heads, head_dim].
+        dt: [B, T, heads] before bias and softplus.
+        rate: [heads], A (negative), fp32.
+        skip: [heads], D.
+        dt_bias: [heads].
+        keep: whether to return the state after the last token.
+    """
+    return (ssd_scan if installed("mamba_ssm") else ssd_linear)(c, b, x, dt, rate, skip, dt_bias, keep=keep)
+
+
+def ssd_scan(
+    c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``ssd`` through mamba-ssm's Triton scan, in which the heads of a group share ``b`` and ``c``."""
+    scan = operator("mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined")
+    found = scan(
+        x, dt, rate, b, c, SCAN_CHUNK, D=skip, dt_bias=dt_bias, dt_softplus=True, return_final_states=keep
+    )  # fmt: skip
+    return found if keep else (found, None)
+
+
+def ssd_linear(
+    c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``ssd`` as linear attention with one decay a head (fla's simple GLA); ``b`` and ``c`` are repeated."""
+    chunk = operator("fla.ops.simple_gla.chunk:chunk_simple_gla")
     repeats = x.shape[2] // b.shape[2]
     c, b = (t.repeat_interleave(repeats, dim=2) for t in (c, b))
-    c, b, scaled = _half(c, b, x * dt[..., None].to(x.dtype))
-    return chunk_simple_gla(c, b, scaled, (dt * rate).float(), scale=1.0, output_final_state=True, state_v_first=True)
+    step = F.softplus(dt.float() + dt_bias.float())
+    scaled = x * step[..., None].to(x.dtype)
+    o, state = chunk(c, b, scaled, step * rate, scale=1.0, output_final_state=keep, state_v_first=True)
+    return o + skip.to(o.dtype)[:, None] * x, state
+
+
+def selective_scan(
+    c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, z: Tensor, dt_bias: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state if ``keep``.
+
+    Args:
+        c: [B, T, state], reads the state.
+        b: [B, T, state], writes to it.
+        x: [B, T, inner].
+        dt: [B, T, inner] before bias and softplus.
+        rate: [inner, state], A (negative), fp32.
+        skip: [inner], D, fp32.
+        z: [B, T, inner].
+        dt_bias: [inner], fp32.
+        keep: whether to return the state after the last token.
+    """
+    scan = operator("mamba_ssm.ops.selective_scan_interface:selective_scan_fn")
+    x, dt, b, c, z = (t.mT.contiguous() for t in (x, dt, b, c, z))
+    found = scan(x, dt, rate, b, c, skip, z, dt_bias, delta_softplus=True, return_last_state=keep)
+    o, state = found if keep else (found, None)
+    return o.mT, state
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention through a flash kernel, [B, T, heads, D]; never through a dense matrix of scores."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of each query [B, heads, T, D] to the last ``window`` keys [B, kv_heads, T, D]."""
-    from fla.ops.attn import parallel_attn
+    """Attention of each query [B, T, heads, D] to the last ``window`` keys, through torch's flash kernel.
 
-    q, k, v = (t.transpose(1, 2) for t in _half(q, k, v))
-    return parallel_attn(q, k, v, window_size=window).transpose(1, 2)
+    The kernel skips the blocks outside the window: time grows as T times window.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, length = q.shape[:2]
+    starts = _starts(batch, length, q.device)
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    o = varlen_attn(*flat, starts, starts, length, length, window_size=(window - 1, 0), **_grouped())
+    return o.unflatten(0, (batch, length))
 
 
-def _half(*tensors: Tensor) -> tuple[Tensor, ...]:
-    half = torch.float16 if tensors[0].dtype is torch.float16 else torch.bfloat16
-    return tuple(t.to(half).contiguous() for t in tensors)
+@functools.cache  # and never dropped: captured graphs keep its address
+def _starts(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (batch + 1) * length, length, device=device, dtype=torch.int32)
+
+
+@functools.cache
+def _grouped() -> dict[str, bool]:
+    """Newer torch wants to be told that keys are shared by heads; older ones always allow it."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

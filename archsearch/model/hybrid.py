@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from archsearch.architecture import Architecture
 from archsearch.errors import UsageError
+from archsearch.model import fla_ops
 from archsearch.model.layers import LAYERS, State
 from archsearch.model.layers.parts import RMSNorm, linear
 from archsearch.operators import OperatorConfig
@@ -60,11 +61,15 @@ class Residual(nn.Module):
         self.op = LAYERS[config.kind](config, hidden_size, norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.op(self.norm(x))
+        return x + self.op(self.normed(x))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """The norm in front of the operator: in 16 bits by one kernel where the operator computes so."""
+        return self.norm(x) if self.op.path == "torch" else self.norm.fused(x, dtype=fla_ops.half_dtype(x))
 
     def prefill(self, x: Tensor, state: State) -> Tensor:
         """``forward`` that leaves what it saw in ``state``."""
-        return x + self.op.prefill(self.norm(x), state)
+        return x + self.op.prefill(self.normed(x), state)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         """One token, [B, hidden]."""
@@ -114,7 +119,7 @@ class HybridLM(nn.Module):
 
     def paths(self) -> dict[str, str]:
         """Which implementation each kind of operator trains with."""
-        return {layer.kind: layer.op.path for layer in self.layers}
+        return {layer.kind: layer.op.implementation for layer in self.layers}
 
     def use(self, path: str) -> HybridLM:
         """Train every kind that has it through the implementation ``path``; the others keep the reference."""

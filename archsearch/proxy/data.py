@@ -1,209 +1,95 @@
-"""Text for the proxy: bytes of documents, split into training and validation the same way on every machine.
+"""Text and tokens for the proxy: ``load_corpus`` gives what the config names, tokenised once on this machine.
 
-The default, ``builtin:python``, is the source of Python's standard library, found wherever Python is.
-Tokens are bytes; a zero byte ends each document.
+========================  ====================================================================
+``builtin:python``        the source of Python's standard library, found wherever Python is
+``files:PATH``, ``PATH``  text, JSON lines (also ``.gz``), Parquet: a file, a folder or a glob
+``tokens:PATH``           arrays of tokens by nanoGPT, llm.c, Megatron-LM or NumPy
+``hf:OWNER/NAME``         a Hugging Face dataset, ``/CONFIG`` and ``@REVISION`` behind it
+========================  ====================================================================
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import os
-import sysconfig
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import psutil
-
-from archsearch.config import ProxyConfig
+from archsearch.config import ProxyConfig, split_data
 from archsearch.errors import ConfigError
-from archsearch.schema import did_you_mean
+from archsearch.proxy import cache
+from archsearch.proxy.corpus import Corpus, read_corpus, write_corpus
+from archsearch.proxy.sources import open_source
+from archsearch.proxy.tokenizer import BPE_BYTES, TextTokenizer, find_tokenizer
+from archsearch.proxy.windows import Windows, feed, validation_windows
 
-BYTE_VOCABULARY = 256
-SEPARATOR = b"\0"
-"""Ends each document; text holds no zero bytes, so a generation may start from it."""
-HELD_OUT = 0.05
-_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_MAGIC = set("*?[")
+__all__ = ["Corpus", "Windows", "feed", "load_corpus", "validation_windows"]
 
-Tokens = npt.NDArray[np.uint8]
-Document = tuple[str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """Tokens of the training and of the validation documents, each a flat read-only array of uint8."""
-
-    name: str
-    train: Tokens
-    validation: Tokens
-    train_documents: tuple[str, ...]
-    validation_documents: tuple[str, ...]
-    vocab_size: int = BYTE_VOCABULARY
+DATA_FIELDS = ("data", "tokenizer", "text_field", "split", "token_dtype", "corpus_tokens")
+"""What of the config decides the corpus."""
+BPE_VOCABULARY = 2**15
+"""Of a BPE that no model asks for yet."""
 
 
-def load_corpus(config: ProxyConfig, vocab_size: int) -> Corpus:
-    """The corpus that ``config.data`` names: ``builtin:python``, a text file, a folder or a glob.
+def load_corpus(config: ProxyConfig, vocab_size: int | None) -> Corpus:
+    """The corpus that ``config`` names, for models of ``vocab_size``; None takes any vocabulary.
 
-    A folder or glob is split by file, by a hash of the relative name; of a single file the end is
-    held out. Read once a process.
+    It is tokenised at the first call on this machine; every later one, in any process, maps it from the
+    cache. In one process it is opened once, and stays as it was then. Documents are held out by a hash,
+    about one in twenty; at least one is, and never all.
 
     Raises:
-        ConfigError: missing, empty, unreadable, binary or too short data, or a vocabulary below 256.
+        ConfigError: missing, empty, unreadable, binary or too short data; a tokenizer that does not match
+            it, or that needs a larger vocabulary.
+        EnvironmentUnfit: a package or the network is missing.
+        StorageError: the cache cannot be written.
     """
-    if vocab_size < BYTE_VOCABULARY:
-        cause = f"vocab_size {vocab_size} is below {BYTE_VOCABULARY}: the proxy's tokens are bytes"
-        raise ConfigError(cause, f"set vocab_size to at least {BYTE_VOCABULARY}")
-    corpus = _read_corpus(config.data)
+    fields = {name: getattr(config, name) for name in DATA_FIELDS}
+    corpus = _load(ProxyConfig(**fields), vocab_size)
     for part, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         if len(tokens) <= config.context:
             cause = f"{config.data}: too short: {len(tokens)} {part} tokens for sequences of {config.context}"
-            raise ConfigError(cause, "give more text in proxy.data or lower proxy.context")
+            remedy = "give more text or more documents in proxy.data, or lower proxy.context"
+            raise ConfigError(cause, "raise proxy.corpus_tokens" if corpus.truncated else remedy)
     return corpus
 
 
 @lru_cache(maxsize=4)
-def _read_corpus(data: str) -> Corpus:
-    documents = [(name, content) for name, content in _documents(data) if content]
-    if not documents:
-        raise ConfigError(f"{data}: holds no text", "set proxy.data to a text file, a folder or a glob of text files")
-    train, validation = _split_file(documents[0]) if len(documents) == 1 else _split(documents)
-    names = [tuple(name for name, _ in part) for part in (train, validation)]
-    return Corpus(data, _join(train), _join(validation), *names)
+def _load(config: ProxyConfig, vocab_size: int | None) -> Corpus:
+    tokenizer = _tokenizer(config, vocab_size)
+    source = open_source(config)
+    bpe = (vocab_size or BPE_VOCABULARY) if config.tokenizer == "bpe" else None
+    key = {
+        "source": source.fingerprint(),
+        "tokenizer": tokenizer.digest if tokenizer else None,
+        "bpe": [bpe, BPE_BYTES] if bpe else None,
+        "limit": config.corpus_tokens,
+    }
+    limit = config.corpus_tokens
+    folder = cache.entry(key, lambda folder: write_corpus(folder, source, tokenizer, bpe=bpe, limit=limit))
+    corpus = read_corpus(config.data, folder, cache.facts(folder), tokenizer)
+    if vocab_size is not None:
+        _check_vocabulary(config, corpus, vocab_size)
+    return corpus
 
 
-def _join(documents: Sequence[Document]) -> Tokens:
-    return np.frombuffer(b"".join(content + SEPARATOR for _, content in documents), dtype=np.uint8)
+def _tokenizer(config: ProxyConfig, vocab_size: int | None) -> TextTokenizer | None:
+    """What tokenises, or did; None for a BPE that is yet to train, and for tokens of unknown origin."""
+    tokens = split_data(config.data)[0] == "tokens"
+    if config.tokenizer == "bpe" and tokens:
+        cause = f"proxy.tokenizer bpe needs text, and {config.data} holds tokens"
+        raise ConfigError(cause, "set proxy.tokenizer to what wrote them, or to auto where you do not know")
+    if config.tokenizer == "bpe" or (tokens and config.tokenizer == "auto"):
+        return None
+    tokenizer = find_tokenizer(config.tokenizer)
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        cause = f"vocab_size {vocab_size} is below {tokenizer.vocab_size}, the ids of the tokenizer {tokenizer.name}"
+        raise ConfigError(cause, f"set vocab_size to at least {tokenizer.vocab_size}, or another proxy.tokenizer")
+    return tokenizer
 
 
-# Which files
-
-
-def _documents(data: str) -> Iterator[Document]:
-    """(relative name, bytes) of every document, ordered by name."""
-    if data.startswith("builtin:"):
-        root, paths = _builtin(data)
-    else:
-        root, paths = _user_files(data)
-    single = len(paths) == 1
-    _check_size(data, paths)
-    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        content = _read(path)
-        if b"\0" not in content:
-            yield path.relative_to(root).as_posix(), content
-        elif single:
-            raise ConfigError(f"{path} is not text: it holds zero bytes", "give a file of UTF-8 text")
-
-
-def _builtin(data: str) -> tuple[Path, list[Path]]:
-    if data != "builtin:python":
-        raise ConfigError(f"unknown data {data!r}; {did_you_mean(data, ['builtin:python'])}", "correct proxy.data")
-    root = Path(sysconfig.get_path("stdlib"))
-    return root, [path for path in _walk(root, _NOT_SOURCE) if path.suffix == ".py"]
-
-
-def _user_files(data: str) -> tuple[Path, list[Path]]:
-    """(root, files) of a file, folder or glob; names are relative to the root, so that a copy splits alike."""
-    path = Path(data).expanduser()
-    if path.is_dir():
-        return path, list(_walk(path))
-    if path.is_file():
-        return path.parent, [path]
-    if not _MAGIC & set(data):
-        found = "is not a regular file" if path.exists() else "does not exist"
-        raise ConfigError(f"proxy.data: {data} {found}", "give builtin:python, a text file, a folder or a glob")
-    fixed = [part for index, part in enumerate(path.parts) if not _MAGIC & set("".join(path.parts[: index + 1]))]
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    return Path(*fixed), [match for match in matches if match.is_file()]
-
-
-def _walk(root: Path, skipped: Container[str] = ()) -> Iterator[Path]:
-    """Regular files under ``root``; hidden folders and those named in ``skipped`` are not entered."""
-    for folder, children, files in os.walk(root):
-        children[:] = [child for child in children if child not in skipped and not child.startswith(".")]
-        paths = (Path(folder, name) for name in files if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())
-
-
-def _check_size(data: str, paths: Sequence[Path]) -> None:
-    # Documents and their joined copy are in memory together.
-    needed, free = 2 * sum(path.stat().st_size for path in paths), psutil.virtual_memory().available
-    if needed > free:
-        cause = f"{data}: {needed / 2e9:.1f} GB of text, too much for {free / 1e9:.1f} GB of free memory"
-        raise ConfigError(cause, "point proxy.data at a part of it")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
-
-
-# Training and validation
-
-
-def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """About ``HELD_OUT`` of the documents by a hash of their names, at least one and never all."""
-    ranked = sorted(documents, key=lambda document: _rank(document[0]))
-    below = sum(_rank(name) < HELD_OUT for name, _ in documents)
-    count = min(max(below, 1), len(documents) - 1)
-    return sorted(ranked[count:]), sorted(ranked[:count])
-
-
-def _rank(name: str) -> float:
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _split_file(document: Document) -> tuple[list[Document], list[Document]]:
-    """The last part of a single document, from the start of a line on, is held out."""
-    name, content = document
-    wanted = len(content) - int(len(content) * HELD_OUT)
-    cut = content.rfind(b"\n", 0, wanted) + 1 or wanted
-    return [(name, content[:cut])], [(f"{name} (end)", content[cut:])]
-
-
-# Sequences
-
-
-class Windows:
-    """Training sequences in an order fixed by the seed, whatever the batch size.
-
-    Each epoch cuts the tokens into windows of ``context + 1`` (inputs and, one later, targets) from
-    another offset and permutes them. Window ``n`` depends on (tokens, context, seed, n) alone, so
-    that a training can stop and go on anywhere.
-    """
-
-    def __init__(self, tokens: Tokens, context: int, seed: int) -> None:
-        self.tokens, self.context, self.seed = tokens, context, seed
-        self.an_epoch = max((len(tokens) - 1) // context - 1, 1)
-        self._epoch, self._starts = -1, np.empty(0, dtype=np.int64)
-
-    def batch(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Windows ``first`` to ``first + count - 1`` as an array [count, context + 1]."""
-        return np.stack([self._window(index) for index in range(first, first + count)])
-
-    def _window(self, index: int) -> npt.NDArray[np.int64]:
-        epoch, place = divmod(index, self.an_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._starts = epoch, self._order(epoch)
-        start = self._starts[place]
-        return self.tokens[start : start + self.context + 1].astype(np.int64)
-
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        rng = np.random.default_rng([self.seed, epoch])
-        slack = len(self.tokens) - 1 - self.an_epoch * self.context
-        return rng.permutation(self.an_epoch) * self.context + rng.integers(slack + 1)
-
-
-def validation_windows(tokens: Tokens, context: int, wanted: int) -> npt.NDArray[np.int64]:
-    """Non-overlapping windows [n, context + 1], about ``wanted`` tokens spread evenly over ``tokens``."""
-    held = (len(tokens) - 1) // context
-    count = min(max(wanted // context, 1), held)
-    starts = np.arange(count) * held // count * context
-    return tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+def _check_vocabulary(config: ProxyConfig, corpus: Corpus, vocab_size: int) -> None:
+    if corpus.vocab_size > vocab_size:
+        cause = f"{config.data} holds token {corpus.vocab_size - 1}, which vocab_size {vocab_size} does not know"
+        raise ConfigError(cause, "raise vocab_size to that of the tokenizer that wrote it, or check token_dtype")
+    held = 2 ** (8 * corpus.train.itemsize)
+    if split_data(config.data)[0] == "tokens" and vocab_size > held:
+        cause = f"vocab_size {vocab_size} is larger than the {held} ids that {config.data} can name"
+        raise ConfigError(cause, "set vocab_size to that of the tokenizer that wrote it, or check token_dtype")

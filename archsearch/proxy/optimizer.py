@@ -23,8 +23,14 @@ def make_optimizer(model: nn.Module, config: ProxyConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    rate = torch.tensor(config.learning_rate, device=parameters[0].device)
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(config.beta1, config.beta2), fused=True)
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=torch.tensor(config.learning_rate, device=device),
+        betas=(config.beta1, config.beta2),
+        fused=True,
+        capturable=device.type == "cuda",
+    )
     set_step(optimizer, 0)
     return optimizer
 

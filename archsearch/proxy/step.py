@@ -39,6 +39,7 @@ class TrainingStep:
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.path = "cuda graph" if device.type == "cuda" and config.cuda_graph else "eager"
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream(device) if self.path == "cuda graph" else None
         self._taken = 0
 
     @property
@@ -62,6 +63,11 @@ class TrainingStep:
         self._taken += 1
         return self.loss
 
+    def release(self) -> None:
+        """Give back the memory of the gradients and of the graph; the weights stay."""
+        self._graph = None
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _update(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss = mean_loss(self.model, self.windows, self.dtype)
@@ -73,17 +79,17 @@ class TrainingStep:
         self.diverged.logical_or_(~torch.isfinite(self.loss))
 
     def _on_side_stream(self) -> None:
-        """Run a step where a capture may follow: work of the default stream cannot be captured."""
-        stream, before = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
+        """Run a step where the capture will follow: work of the default stream cannot be captured."""
+        before = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
             self._update()
-        before.wait_stream(stream)
+        before.wait_stream(self._stream)
 
     def _replay(self) -> None:
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=self._stream):
                 self._update()
         self._graph.replay()
 

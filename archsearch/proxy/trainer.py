@@ -20,13 +20,13 @@ from torch import Tensor
 
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig
-from archsearch.errors import ArchsearchError
-from archsearch.model import fla_ops
-from archsearch.model.hybrid import HybridLM, build_model
-from archsearch.proxy.checkpoint import Curve, Progress, load_checkpoint, save_checkpoint
-from archsearch.proxy.data import Windows, load_corpus, validation_windows
+from archsearch.model.hybrid import build_model
+from archsearch.model.training_path import prepare
+from archsearch.proxy.checkpoint import Progress, load_checkpoint, save_checkpoint
+from archsearch.proxy.data import Windows, feed, load_corpus, validation_windows
 from archsearch.proxy.loss import loss_path
 from archsearch.proxy.optimizer import moments, set_step
+from archsearch.proxy.result import NonFiniteLoss, ProxyResult
 from archsearch.proxy.schedule import learning_rate, validation_steps
 from archsearch.proxy.step import TrainingStep, mean_loss
 
@@ -35,48 +35,6 @@ KeepGoing = Callable[[int, float], bool]
 
 STEPS_A_CHECK = 50
 """On a GPU the loss is looked at this rarely, as each look waits for the device."""
-
-
-class NonFiniteLoss(ArchsearchError):
-    """The loss became NaN or infinite after ``tokens`` tokens; ``curve`` holds the validations before."""
-
-    exit_code = 3
-
-    def __init__(self, tokens: int, curve: Curve) -> None:
-        super().__init__(f"the loss is not finite after {tokens} tokens", "lower proxy.learning_rate")
-        self.tokens, self.curve = tokens, curve
-
-    def __reduce__(self) -> tuple[type[NonFiniteLoss], tuple[int, Curve]]:  # type: ignore[override]
-        return type(self), (self.tokens, self.curve)
-
-
-@dataclass(frozen=True, slots=True)
-class ProxyResult:
-    """What a proxy training found.
-
-    Attributes:
-        loss: last validation loss, nats a token.
-        curve: (tokens trained, validation loss) at each validation.
-        tokens: tokens trained, those before the checkpoint that it went on from included.
-        tokens_per_second: of the steps in this process after the first ones, which compile; 0 where there were none.
-        seconds: of the phases data, build, compile, train, validate, checkpoint, in this process.
-        resumed: tokens of the checkpoint that it went on from; 0 from scratch.
-        stopped: the rung at which ``keep_going`` ended it; None when it trained to its end.
-        paths: implementation that each operator kind, the step and the loss trained with.
-        dtype: of the matrix products.
-        model: the trained model, in fp32.
-    """
-
-    loss: float
-    curve: Curve
-    tokens: int
-    tokens_per_second: float
-    seconds: dict[str, float]
-    paths: dict[str, str]
-    dtype: str
-    model: HybridLM
-    resumed: int = 0
-    stopped: int | None = None
 
 
 def train_proxy(
@@ -122,6 +80,7 @@ def train_proxy(
     resumed = training.restore(checkpoint) if checkpoint is not None else 0
     ladder = {steps: rung for rung in rungs if (steps := training.steps_for(rung)) < training.steps}
     stopped = training.run(ladder, keep_going, checkpoint, on_progress)
+    training.step.release()
     return ProxyResult(
         loss=training.curve[-1][1],
         curve=tuple(training.curve),
@@ -166,7 +125,10 @@ class _Training:
             self.windows = Windows(corpus.train, config.context, seed)
         with clock("build"):
             self.dtype = _dtype(config.dtype, device)
-            self.model = build_model(architecture, seed, device).use(_kernels(config.kernels, device))
+            self.model = build_model(architecture, seed, device)
+        with clock("kernels"):
+            prepare(self.model, config.kernels, device, self.dtype)
+        with clock("build"):
             self.step = TrainingStep(self.model, config, self.dtype, device)
         self.steps = self.steps_for(config.tokens)
         self.every = STEPS_A_CHECK if device.type == "cuda" else 1
@@ -175,6 +137,7 @@ class _Training:
             "architecture": architecture.to_dict(),
             "proxy": config.model_dump(mode="json"),
             "seed": seed,
+            "corpus": corpus.digest,
             "numerics": {"device": device.type, "dtype": str(self.dtype), **self.paths},
         }
         self.done = self.timed_tokens = 0
@@ -213,12 +176,11 @@ class _Training:
 
     def train(self, stop: int, on_progress: OnProgress | None) -> None:
         """All steps up to number ``stop``; the first ones, which compile and capture, have their own clock."""
-        size = self.config.batch
+        batches = feed(self.windows, self.config.batch, range(self.done, stop), self.device)
         for index in range(self.done, stop):
             phase = "train" if self.step.settled else "compile"
             with self.clock(phase):
-                windows = self.upload(self.windows.batch(index * size, size))
-                loss = self.step(windows, learning_rate(self.config, index, self.steps))
+                loss = self.step(next(batches), learning_rate(self.config, index, self.steps))
                 if (index + 1) % self.every == 0 or index + 1 == stop or phase == "compile":
                     self.check(index + 1)
             self.timed_tokens += self.tokens(1) if phase == "train" else 0
@@ -273,15 +235,6 @@ class _Training:
         self.done, self.curve = progress.steps, list(progress.curve)
         set_step(self.step.optimizer, self.done)
         return self.tokens(self.done)
-
-
-def _kernels(name: str, device: torch.device) -> str:
-    """The implementation to train with; raises EnvironmentUnfit where it cannot run, rather than fall back."""
-    if name == "auto":
-        name = "fla" if device.type == "cuda" else "torch"
-    if name == "fla":
-        fla_ops.require(device)
-    return name
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

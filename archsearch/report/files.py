@@ -68,6 +68,7 @@ def axis_label(name: str, config: RunConfig) -> str:
     """Quantity and unit of an objective."""
     return {
         "loss": "validation loss [nats a token]",
+        "recall": "recall error",
         "decode_latency": f"time to decode {config.latency.tokens:,} tokens at batch {config.latency.batch} [s]",
         "parameters": "parameters [millions]",
         "state_bytes": f"decode state at {config.space.limits.state_context:,} tokens [KiB]",

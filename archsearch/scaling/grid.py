@@ -65,7 +65,7 @@ class Grid:
                 "search": SearchConfig(
                     evaluations=models, objectives=objectives, seed=self.config.search.seed, aging=AgingConfig()
                 ),
-                "proxy": self.config.proxy.model_copy(update={"tokens": tokens}),
+                "proxy": self.config.proxy.model_copy(update={"tokens": tokens, "rungs": ()}),
             }
         )
 

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 
 from archsearch.errors import ArchsearchError
 from archsearch.search.breeding import AgingSettings, Breeding, Lineage, Pool
+from archsearch.search.descriptors import Descriptors
 from archsearch.search.design import spread
 from archsearch.search.genes import Choice, Codes, Floats, Genes
 from archsearch.search.guide import Guide, exact_objectives
@@ -109,6 +110,7 @@ class AgingEvolutionSampler(BaseSampler):
         self._check_paper()
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._reader = HistoryReader(self._identity)
+        self._genes: Genes | None = None
         self._guide: tuple[Genes, Guide] | None = None
         self._identities: dict[tuple[int, ...], str | None] = {}
         self._lineage: dict[int, Lineage] = {}
@@ -152,7 +154,7 @@ class AgingEvolutionSampler(BaseSampler):
         params = {n: self.sample_independent(study, trial, n, d) for n, d in others.items()}
         if not choices:
             return params
-        genes = Genes.of(choices)
+        genes = self._genes = _same(Genes.of(choices), self._genes)
         history = self._reader.read(study, genes, trial.number)
         rng = np.random.default_rng([self._seed, len(history.numbers)])
         with one_thread():
@@ -205,7 +207,7 @@ class AgingEvolutionSampler(BaseSampler):
         designed = self._settings.design and self._settings.mode == "default"
         # Many workers ask long before the first result; past a population a design gains nothing.
         if designed and len(history.numbers) < self._settings.population_size:
-            for codes in spread(genes, rng, history.codes):
+            for codes in spread(genes, rng, history.codes, self._guide_for(genes).descriptors):
                 yield codes, _parentless("design")
         for _ in range(self._settings.max_tries):
             yield self._fitted(genes, genes.random(rng, 1)[0]), _parentless("random")
@@ -225,11 +227,17 @@ class AgingEvolutionSampler(BaseSampler):
             yield codes, lineage | note
 
     def _guided(self, genes: Genes, history: History, breeding: Breeding) -> Draws:
-        if self._guide is None or self._guide[0] != genes:
-            self._guide = genes, Guide(genes)
-        pool = breeding.pool(self._guide[1].importance(history))
-        for row in self._ranked(self._guide[1], genes, history, pool):
+        guide = self._guide_for(genes)
+        pool = breeding.pool(guide.importance(history))
+        for row in self._ranked(guide, genes, history, pool):
             yield pool.codes[row], breeding.pool_lineage(pool, row)
+
+    def _guide_for(self, genes: Genes) -> Guide:
+        """Kept as long as the genes stay the same."""
+        if self._guide is None or self._guide[0] != genes:
+            space = self._space if self._settings.descriptors else None
+            self._guide = genes, Guide(genes, Descriptors(genes, space))
+        return self._guide[1]
 
     def _ranked(self, guide: Guide, genes: Genes, history: History, pool: Pool) -> list[int]:
         """Rows of the pool, the greatest expected gain first."""
@@ -300,6 +308,11 @@ class AgingEvolutionSampler(BaseSampler):
             if feasible and self._latency(genes, codes) <= target:
                 break
         return codes
+
+
+def _same(genes: Genes, before: Genes | None) -> Genes:
+    """``before``, which knows what it has computed, where it is the same."""
+    return before if genes == before and before is not None else genes
 
 
 def _parentless(kind: str) -> Lineage:

@@ -7,13 +7,12 @@ from textwrap import shorten
 
 from archsearch.config import ExecutionConfig
 from archsearch.errors import SearchStopped, StorageError
-from archsearch.evaluation import Evaluation, Outcome
+from archsearch.evaluation import Evaluation
 from archsearch.search.filesystem import free_bytes
 from archsearch.search.folder import RunFolder
 
 WINDOW = 20
 SHOWN = 160
-HARMLESS = (Outcome.OK, Outcome.INFEASIBLE)
 
 
 class Breaker:
@@ -25,7 +24,7 @@ class Breaker:
 
     def count(self, evaluation: Evaluation) -> None:
         """Take note of how one ended. Raises SearchStopped where it failed, as too many of the last ones did."""
-        failed = evaluation.outcome not in HARMLESS
+        failed = evaluation.outcome.is_failure
         self._recent.append(failed)
         tries, failures = len(self._recent), sum(self._recent)
         if failed and tries >= self._config.failure_minimum and failures > self._config.failure_rate * tries:

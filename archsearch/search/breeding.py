@@ -4,45 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from archsearch.schema import Frozen
+from archsearch.config import AgingConfig
 from archsearch.search.design import mixed
 from archsearch.search.genes import Codes, Floats, Genes
 from archsearch.search.history import History
-from archsearch.search.pareto import crowding_distances, front, non_domination_ranks
+from archsearch.search.pareto import crowding_distances, non_domination_ranks
 
 Lineage = dict[str, Any]
 FRESH = 0.1  # share of a pool that has no parent
 ONE_MORE = 0.5  # probability that a pool's offspring differs in one more gene
 CROWD = 256  # running trials that take a share of the candidates away
 FEWEST_CANDIDATES = 32
+RECENT = 2000  # mutations that rates are taken from
 PRIOR = 4.0  # mutations of a gene that its rate starts from
 
 
-class AgingSettings(Frozen):
-    """Settings of ageing evolution. ``mode: paper`` is Nemotron-Flash's Algorithm 1 and uses the first block alone."""
+class AgingSettings(AgingConfig):
+    """Settings of the sampler: those of a run, and the paper's latency target."""
 
-    mode: Literal["default", "paper"] = "default"
-    population_size: int = Field(20, ge=2, description="trials that count as alive, the last to be completed")
-    tournament_size: int = Field(5, ge=1, description="members drawn for a tournament")
-    max_tries: int = Field(2000, ge=1, description="draws that may fail to give a new, feasible architecture")
     latency_target: float | None = Field(None, gt=0, description="paper: parents should meet it")
     latency_objective: str = Field("decode_latency", description="paper: the objective that the target is for")
     fit_width: str | None = Field(None, description="paper: the gene that is fitted last, the largest in the target")
-
-    front_parents: float = Field(0.5, ge=0, le=1, description="fraction of parents drawn from the Pareto front")
-    design: bool = Field(True, description="spread the first population instead of drawing it at random")
-    ordinal: bool = Field(True, description="genes that are ordered numbers move to a neighbour more often than far")
-    adaptive: bool = Field(True, description="mutate genes more often that matter or have paid")
-    surrogate: bool = Field(True, description="evaluate the offspring with the greatest expected gain in hypervolume")
-    unguided: float = Field(0.25, ge=0, le=1, description="fraction of offspring that no surrogate chooses, in the end")
-    crossover: float = Field(0.4, ge=0, le=1, description="fraction of candidates with genes of a second parent")
-    candidates: int = Field(256, ge=1, le=10_000, description="offspring drawn for each one evaluated")
 
 
 @dataclass(frozen=True)
@@ -74,14 +62,6 @@ class Breeding:
         return self._history.finished[-self._settings.population_size :]
 
     @cached_property
-    def front(self) -> NDArray[np.intp]:
-        """Rows of the Pareto front of all that break their constraints least."""
-        rows = self._history.finished
-        violations = self._history.violations[rows]
-        best = rows[violations == violations.min()]
-        return np.asarray(best[front(self._history.values[best])])
-
-    @cached_property
     def _fitness(self) -> tuple[NDArray[np.intp], Floats]:
         values, violations = self._history.values[self.alive], self._history.violations[self.alive]
         return non_domination_ranks(values, violations), crowding_distances(values)
@@ -111,7 +91,7 @@ class Breeding:
     def offspring(self, changes: int) -> tuple[Codes, Lineage]:
         """One offspring of a member of the front or of a tournament's winner."""
         from_front = bool(self._rng.random() < self._settings.front_parents)
-        parent = int(self._rng.choice(self.front)) if from_front else self.tournament()
+        parent = int(self._rng.choice(self._history.front)) if from_front else self.tournament()
         child = self.child(parent, changes)
         return child, self.lineage(child, parent, from_front)
 
@@ -124,11 +104,11 @@ class Breeding:
         weights = self.weights / self.weights.sum() + (importance if self._settings.adaptive else 0.0)
         size, rng = self._pool_size, self._rng
         from_front = rng.random(size) < self._settings.front_parents
-        parents = np.where(from_front, rng.choice(self.front, size), rng.choice(self.alive, size))
+        parents = np.where(from_front, rng.choice(self._history.front, size), rng.choice(self.alive, size))
         changes = rng.geometric(1 - ONE_MORE, size)
         codes = self._genes.mutate(rng, self._history.codes[parents], changes, weights, near=self._near)
         crossed = rng.random(size) < self._settings.crossover
-        mates = self._history.codes[rng.choice(self.front, size)]
+        mates = self._history.codes[rng.choice(self._history.front, size)]
         codes = np.where(crossed[:, None] & (rng.random(codes.shape) < 0.5), mates, codes)
         fresh = rng.random(size) < FRESH
         codes[fresh], parents[fresh] = mixed(self._genes, rng, int(fresh.sum())), -1
@@ -169,25 +149,25 @@ class Breeding:
         """Relative mutation rate of each gene, (genes,)."""
         if not self._settings.adaptive or self._settings.mode == "paper":
             return np.ones(len(self._genes.names))
-        return mutation_weights(self._history, self.front)
+        return mutation_weights(self._history)
 
 
-def mutation_weights(history: History, members: NDArray[np.intp]) -> Floats:
+def mutation_weights(history: History) -> Floats:
     """How often mutations of each gene have paid, smoothed, (genes,).
 
     A mutation has paid if the child is on the front now or dominates its parent.
 
     Args:
         history: with the parents that the driver recorded; without them all rates are equal.
-        members: rows of the front.
     """
     done = np.zeros(len(history.numbers), dtype=bool)
-    done[history.finished] = True
+    done[history.learned] = True
     children = np.flatnonzero(done & (history.parents >= 0))
-    children = children[done[history.parents[children]]]
+    children = children[done[history.parents[children]]][-RECENT:]
     parents = history.parents[children]
     dominates = (history.values[children] <= history.values[parents]).all(axis=1)
-    paid = np.isin(children, members) | (dominates & (history.values[children] < history.values[parents]).any(axis=1))
+    dominates &= (history.values[children] < history.values[parents]).any(axis=1)
+    paid = np.isin(children, history.front) | dominates
     moved = history.codes[children] != history.codes[parents]
     share = paid.mean() if len(paid) else 0.0
     rate = (moved[paid].sum(axis=0) + PRIOR * share + 1e-3) / (moved.sum(axis=0) + PRIOR)

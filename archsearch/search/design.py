@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from archsearch.search.genes import Codes, Floats, Genes
+from archsearch.search.descriptors import Descriptors
+from archsearch.search.genes import Codes, Genes
 from archsearch.search.surrogate import features
 
 DRAWS = 64
@@ -33,21 +34,11 @@ def mixed(genes: Genes, rng: np.random.Generator, rows: int) -> Codes:
     return np.where(rng.random((rows, 1)) < 0.5, genes.random(rng, rows), biased(genes, rng, rows))
 
 
-def spread(genes: Genes, rng: np.random.Generator, known: Codes) -> Codes:
-    """Many genomes, the ones farthest from all known ones first, (rows, genes)."""
+def spread(genes: Genes, rng: np.random.Generator, known: Codes, descriptors: Descriptors) -> Codes:
+    """Many genomes, the ones farthest from all known ones first by genes and descriptors, (rows, genes)."""
     codes = mixed(genes, rng, DRAWS)
     if len(known) == 0:
         return codes
-    here, there = _profile(genes, codes), _profile(genes, known)
+    here, there = (np.concatenate([features(genes, rows), descriptors(rows)], axis=1) for rows in (codes, known))
     distances = np.linalg.norm(here[:, None] - there[None], axis=2).min(axis=1)
     return codes[np.argsort(-distances, kind="stable")]
-
-
-def _profile(genes: Genes, codes: Codes) -> Floats:
-    """The genes, and beside them how often each choice occurs in each group of alike genes."""
-    parts = [features(genes, codes)]
-    for columns in genes.groups:
-        if len(columns) > 1:
-            choices = np.arange(genes.sizes[columns[0]])
-            parts.append((codes[:, columns, None] == choices).mean(axis=1))
-    return np.concatenate(parts, axis=1)

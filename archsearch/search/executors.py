@@ -11,6 +11,7 @@ from typing import Protocol
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
 from archsearch.evaluation import Evaluation, Evaluator, Outcome
+from archsearch.stopping import StoppingRule
 
 Finished = list[tuple[int, Evaluation]]
 
@@ -28,7 +29,7 @@ class Executor(Protocol):
         """Whether a signal handler may raise inside ``wait``; one that waits much longer than told must say yes."""
         ...
 
-    def submit(self, key: int, architecture: Architecture, seed: int) -> None:
+    def submit(self, key: int, architecture: Architecture, seed: int, stopping: StoppingRule | None = None) -> None:
         """Start one evaluation. At most ``capacity`` are in flight, each under its own key."""
         ...
 
@@ -53,29 +54,32 @@ class InlineExecutor:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
-        self._queue: deque[tuple[int, Architecture, int]] = deque()
+        self._queue: deque[tuple[int, Architecture, int, StoppingRule | None]] = deque()
 
-    def submit(self, key: int, architecture: Architecture, seed: int) -> None:
+    def submit(self, key: int, architecture: Architecture, seed: int, stopping: StoppingRule | None = None) -> None:
         """Remember it; ``wait`` runs it."""
-        self._queue.append((key, architecture, seed))
+        self._queue.append((key, architecture, seed, stopping))
 
     def wait(self, timeout: float | None = None) -> Finished:
         """Run what was submitted first."""
         if not self._queue:
             return []
-        key, architecture, seed = self._queue.popleft()
-        return [(key, evaluate_once(self._evaluator, architecture, seed))]
+        key, architecture, seed, stopping = self._queue.popleft()
+        return [(key, evaluate_once(self._evaluator, architecture, seed, stopping))]
 
     def close(self) -> None:
         """Forget what was submitted."""
         self._queue.clear()
 
 
-def evaluate_once(evaluator: Evaluator, architecture: Architecture, seed: int) -> Evaluation:
+def evaluate_once(
+    evaluator: Evaluator, architecture: Architecture, seed: int, stopping: StoppingRule | None = None
+) -> Evaluation:
     """Call an evaluator and let nothing but a sound Evaluation of this architecture come back."""
     begin = time.monotonic()
+    options = {} if stopping is None else {"stopping": stopping}
     try:
-        return _sound(evaluator(architecture, seed=seed), architecture)
+        return _sound(evaluator(architecture, seed=seed, **options), architecture)
     except MemoryError as error:
         outcome, text = Outcome.OOM, _trace(error)
     except (Exception, SystemExit) as error:

@@ -6,7 +6,8 @@
     environment.json    the machine and the packages
     study.db            the Optuna study
     trials/0042.json    the Evaluation of trial 42
-    weights/<id>.safetensors    proxy weights of the front
+    weights/<id>.safetensors    proxy weights of the front, and the tokenizer beside them
+    checkpoints/<id>.safetensors    of a candidate in training, from its last rung; only with proxy.rungs
     run.lock            held by the process that writes
 
 Nothing inside refers to the folder's own place, so a run that was moved can be resumed.
@@ -120,6 +121,11 @@ class RunFolder:
         """The folder of proxy weights."""
         return self.path / "weights"
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
     # Evaluations
 
     def evaluation_path(self, number: int) -> Path:
@@ -146,6 +152,12 @@ class RunFolder:
         """Delete proxy weights, except of the architectures whose ids are in ``keep``."""
         for path in self.weights.glob("*.safetensors"):
             if path.stem not in keep:
+                path.unlink(missing_ok=True)
+
+    def drop_checkpoints(self, keep: set[str]) -> None:
+        """Delete checkpoints, and what a killed worker left of one, likewise."""
+        for path in self.checkpoints.glob("*") if self.checkpoints.is_dir() else ():
+            if path.name.lstrip(".").split(".")[0] not in keep:
                 path.unlink(missing_ok=True)
 
     # Lock
@@ -201,6 +213,8 @@ class RunFolder:
             self._refuse_content()
             self.trials.mkdir()
             self.weights.mkdir()
+            if config.proxy.rungs:
+                self.checkpoints.mkdir()
             if environment is not None:
                 write_atomic(self.path / "environment.json", to_json(dict(environment)))
             # Last, because its presence makes the folder a run.

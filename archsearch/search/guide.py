@@ -8,6 +8,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from archsearch.search.acquisition import expected_improvement
+from archsearch.search.descriptors import Descriptors
 from archsearch.search.genes import Codes, Floats, Genes
 from archsearch.search.history import History
 from archsearch.search.pareto import front
@@ -27,10 +28,12 @@ class Guide:
 
     Args:
         genes: of the space.
+        descriptors: what is known of genomes beside their genes; what any space has where None.
     """
 
-    def __init__(self, genes: Genes) -> None:
+    def __init__(self, genes: Genes, descriptors: Descriptors | None = None) -> None:
         self._genes = genes
+        self.descriptors = descriptors or Descriptors(genes)
         self._models: dict[str, Surrogate] = {}
         self._learned_from: dict[str, tuple[object, bytes]] = {}
         self._expected: dict[str, dict[int, float]] = {}
@@ -52,7 +55,7 @@ class Guide:
         done = self._learned(history)
         values = history.values[done]
         mean, std = self._predict(history, done, candidates, exact)
-        reached = history.values[history.finished][history.violations[history.finished] <= 0]
+        reached = history.values[history.front[history.violations[history.front] <= 0]]
         low, high = values.min(axis=0), values.max(axis=0)
         expected = self._pending(history, done)
         points = np.concatenate([reached, expected])
@@ -68,11 +71,13 @@ class Guide:
     def _learned(self, history: History) -> Codes:
         """The finished rows to learn from; many are taken in at once where many are known or many run."""
         rows = history.learned
-        stride = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
+        wanted = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
+        # A power of two: as the number of running trials goes up and down, the same rows are learned from.
+        stride = 1 << (wanted.bit_length() - 1)
         return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
 
     def _fit(self, name: str, history: History, rows: Codes, values: Floats) -> Surrogate:
-        model = self._models.setdefault(name, Surrogate(self._genes))
+        model = self._models.setdefault(name, Surrogate(self._genes, self.descriptors))
         # What has finished never changes.
         lesson = history.source, rows.tobytes()
         if self._learned_from.get(name) != lesson:

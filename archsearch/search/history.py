@@ -33,6 +33,8 @@ class History:
     ``values`` are signed so that all are minimised; NaN where a trial has none. ``finished`` holds
     the rows that may be parents, in the order in which they were completed; ``learned`` holds them and
     the stopped ones, whose ``values`` are what was expected of them: no parents, but a lesson.
+    ``violations`` say by how much each row breaks its constraints, 0 where it keeps them. ``front`` is
+    the Pareto front of the finished rows that break them least.
     ``parents`` are rows, -1 where the driver has recorded none. ``genomes`` are the different rows of
     ``codes``, ``identities`` those of their architectures. Two histories with the same ``source`` have
     the same rows, as far as both go. All of it is good until the next is read.
@@ -43,17 +45,14 @@ class History:
     parents: Codes
     values: Floats
     constraints: Floats
+    violations: Floats
     running: NDArray[np.bool_]
     finished: Codes
     learned: Codes
+    front: Codes
     genomes: Set[Genome]
     identities: Set[str | None]
     source: object
-
-    @property
-    def violations(self) -> Floats:
-        """By how much each trial breaks its constraints, (trials,); 0 where it keeps them."""
-        return np.asarray(np.nan_to_num(np.maximum(self.constraints, 0.0)).sum(axis=1))
 
 
 class HistoryReader:
@@ -117,9 +116,11 @@ class _Known:
         self._values = _Column(np.float64, len(directions))
         self._running = _Column(np.bool_)
         self._constraints: dict[str, dict[int, float]] = {}
+        self._violations = _Column(np.float64)
         self._ended: list[tuple[datetime, int]] = []
         self._finished, self._learned = _Column(np.int64), _Column(np.int64)
         self._stopped: set[int] = set()
+        self._front: list[int] = []
         self._genomes: set[Genome] = set()
         self._identities: set[str | None] = set()
 
@@ -131,9 +132,11 @@ class _Known:
             parents=self._parents.rows,
             values=self._values.rows,
             constraints=self._constraint_columns(),
+            violations=self._violations.rows,
             running=self._running.rows,
             finished=self._finished.rows,
             learned=self._learned.rows,
+            front=np.array(self._front, dtype=np.int64),
             genomes=self._genomes,
             identities=self._identities,
             source=self,
@@ -180,7 +183,7 @@ class _Known:
         row = self._row_of[number] = len(self._row_of)
         self._numbers.append(number)
         self._codes.append(codes)
-        for column in (self._parents, self._values, self._running):
+        for column in (self._parents, self._values, self._running, self._violations):
             column.append(0)
         self._genomes.add(codes)
         self._identities.add(self._identify(self.genes, codes))
@@ -198,6 +201,7 @@ class _Known:
         self._running.rows[row] = not trial.state.is_finished()
         for name, value in trial.constraints.items():
             self._constraints.setdefault(name, {})[row] = value
+        self._violations.rows[row] = sum(max(0.0, value) for value in trial.constraints.values())
 
     def _order(self, ended: list[tuple[datetime, int]]) -> None:
         """Bring the rows that taught something into the order of their ends."""
@@ -205,11 +209,23 @@ class _Known:
         for key in ended:
             bisect.insort(self._ended, key)
         if late:
-            self._finished, self._learned = _Column(np.int64), _Column(np.int64)
+            self._finished, self._learned, self._front = _Column(np.int64), _Column(np.int64), []
         for _, row in self._ended if late else ended:
             self._learned.append(row)
             if row not in self._stopped:
                 self._finished.append(row)
+                self._join_front(row)
+
+    def _join_front(self, row: int) -> None:
+        """Let a row onto the front, and off it what it dominates."""
+        violations, members = self._violations.rows, self._front
+        if members and violations[row] != violations[members[0]]:
+            self._front = [row] if violations[row] < violations[members[0]] else members
+            return
+        value, values = self._values.rows[row], self._values.rows[members]
+        if not _dominates(values, value).any():
+            beaten = _dominates(value, values)
+            self._front = [member for member, out in zip(members, beaten, strict=True) if not out] + [row]
 
     def _constraint_columns(self) -> Floats:
         """(rows, constraints), NaN where a trial has none of that name."""
@@ -218,3 +234,8 @@ class _Known:
             found = self._constraints[name]
             column[list(found)] = list(found.values())
         return columns
+
+
+def _dominates(first: Floats, second: Floats) -> NDArray[np.bool_]:
+    """Where ``first`` is nowhere worse than ``second`` and somewhere better; one of them may be a single point."""
+    return np.asarray((first <= second).all(axis=-1) & (first < second).any(axis=-1))

@@ -24,12 +24,15 @@ from archsearch.errors import ConfigError, StorageError
 from archsearch.evaluation import Evaluation, Outcome
 from archsearch.search.database import create_storage, open_storage, storage_errors
 from archsearch.search.folder import RunFolder
+from archsearch.search.history import EXPECTED
 from archsearch.search.study_file import StudyFile
 from archsearch.space import SearchSpace
 
 STUDY = "archsearch"
 SCHEMA = 1
 REFERENCE = "hypervolume_reference"
+STATES = {Outcome.OK: TrialState.COMPLETE, Outcome.STOPPED: TrialState.PRUNED}
+"""What an outcome is to Optuna; all others are failures."""
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -137,8 +140,20 @@ class Ledger:
         self._set_attributes(number, attributes)
         self._save(number)
 
-    def finish(self, number: int, outcome: Outcome, values: Sequence[float] | None = None) -> None:
-        """Commit the end of a running trial: COMPLETE with ``values`` where the outcome is OK, else FAIL."""
+    def finish(
+        self,
+        number: int,
+        outcome: Outcome,
+        values: Sequence[float] | None = None,
+        expected: Sequence[float] | None = None,
+    ) -> None:
+        """Commit the end of a running trial.
+
+        It becomes COMPLETE with ``values`` where the outcome is OK, PRUNED where it was stopped, else FAIL.
+        ``expected`` are the objectives that a stopped one would likely have had.
+        """
+        if expected is not None:
+            self._set_attributes(number, {EXPECTED: list(expected)})
         self._tell(number, outcome, values)
         self._save(number)
 
@@ -184,8 +199,7 @@ class Ledger:
         self._set_attributes(number, {"outcome": str(outcome)})
         # Not through the study, whose answer is a deep copy, and which refuses trials that nobody started.
         # It would also call the sampler's ``after_trial``; ours learn from the trials alone.
-        state = TrialState.COMPLETE if outcome is Outcome.OK else TrialState.FAIL
-        self._memory.set_trial_state_values(self._trial_id(number), state, values)
+        self._memory.set_trial_state_values(self._trial_id(number), STATES.get(outcome, TrialState.FAIL), values)
 
 
 def _new_study(storage: BaseStorage, config: RunConfig) -> optuna.Study:

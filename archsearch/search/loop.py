@@ -26,6 +26,7 @@ from archsearch.search.folder import RunFolder
 from archsearch.search.interrupts import Interrupted, Interrupts
 from archsearch.search.ledger import REFERENCE, Ledger, outcome_of
 from archsearch.search.progress import Progress, Reason, Standing, Summary
+from archsearch.search.rungs import Rungs
 from archsearch.search.samplers import make_sampler
 from archsearch.search.study import is_evaluated
 
@@ -81,6 +82,7 @@ class Search:
         self._on_progress = on_progress
         self._sampler_for = make_sampler(config)
         self._standing = Standing(config.search, ledger.attributes.get(REFERENCE))
+        self._rungs = Rungs(config)
         self._breaker = Breaker(config.execution)
         self._interrupts = Interrupts(config.execution.grace)
         self._queue: deque[int] = deque()
@@ -212,7 +214,7 @@ class Search:
 
     def _submit(self, executor: Executor, number: int, architecture: Architecture) -> None:
         self._in_flight[number] = architecture
-        executor.submit(number, architecture, self._config.search.seed)
+        executor.submit(number, architecture, self._config.search.seed, self._rungs.rule())
 
     def _resubmit(self, executor: Executor, number: int) -> None:
         trial = self._ledger.trial(number)
@@ -247,15 +249,19 @@ class Search:
         attempts = self._ledger.trial(number).user_attrs["attempts"]
         self._ledger.keep(number, evaluation.model_copy(update={"attempts": attempts}))
         values = [evaluation.objectives[name] for name in self._config.search.objectives] if evaluation.ok else None
+        expected = self._rungs.expected(evaluation)
         for trial in (number, *self._copies.pop(number, ())):
-            self._ledger.finish(trial, evaluation.outcome, values)
-        self._count(number, evaluation.architecture.id, values)
+            self._ledger.finish(trial, evaluation.outcome, values, expected)
+        self._rungs.add(number, evaluation)
+        self._count(number, evaluation.architecture.id, values, evaluation.outcome)
         self._drop_weights()
         self._news.append((number, evaluation.outcome))
 
-    def _count(self, number: int, architecture_id: str, values: Sequence[float] | None) -> None:
+    def _count(
+        self, number: int, architecture_id: str, values: Sequence[float] | None, outcome: Outcome | None
+    ) -> None:
         """Let a committed result count."""
-        self._standing.add(number, architecture_id, values)
+        self._standing.add(number, architecture_id, values, outcome)
         self._rejected = 0
         reference = self._standing.reference
         if reference is not None and REFERENCE not in self._ledger.attributes:
@@ -267,7 +273,9 @@ class Search:
     def _drop_weights(self) -> None:
         if self._ledger.folder is not None:
             running = {architecture.id for architecture in self._in_flight.values()}
+            waiting = {str(self._ledger.trial(number).user_attrs["architecture"]) for number in self._queue}
             self._ledger.folder.drop_weights(keep=self._standing.front_ids | running)
+            self._ledger.folder.drop_checkpoints(keep=running | waiting)
 
     # Resume
 
@@ -276,7 +284,9 @@ class Search:
         finished = [trial for trial in self._ledger.trials if trial.state.is_finished()]
         for trial in sorted(finished, key=lambda trial: (trial.datetime_complete, trial.number)):
             if is_evaluated(trial):
-                self._count(trial.number, trial.user_attrs["architecture"], trial.values)
+                if self._rungs.on and (evaluation := self._ledger.kept(trial.number)) is not None:
+                    self._rungs.add(trial.number, evaluation)
+                self._count(trial.number, trial.user_attrs["architecture"], trial.values, outcome_of(trial))
         for trial in self._ledger.trials:
             if not trial.state.is_finished():
                 self._reopen(trial)
@@ -310,6 +320,7 @@ class Search:
             total=total,
             running=len(self._in_flight),
             failed=standing.failed,
+            stopped=standing.stopped,
             best_loss=standing.best,
             front_size=standing.front_size,
             hypervolume=standing.hypervolume,

@@ -20,9 +20,10 @@ MARGIN = 0.1
 class Progress:
     """One look at a running search.
 
-    ``done`` counts distinct evaluated architectures, ``failed`` those of them whose objectives do
-    not count. ``best_loss`` is the least first objective. ``seconds_left`` is an estimate from this
-    session's pace. ``latest`` and ``outcome`` name the trial whose end is reported, if one is.
+    ``done`` counts distinct evaluated architectures, ``stopped`` those of them that ended at a rung,
+    ``failed`` the others whose objectives do not count. ``best_loss`` is the least first objective.
+    ``front_size`` is None where no front is kept. ``seconds_left`` is an estimate from this session's
+    pace. ``latest`` and ``outcome`` name the trial whose end is reported, if one is.
     """
 
     done: int
@@ -30,12 +31,13 @@ class Progress:
     running: int
     failed: int
     best_loss: float | None
-    front_size: int
+    front_size: int | None
     hypervolume: float | None
     elapsed: float
     seconds_left: float | None
     latest: int | None = None
     outcome: Outcome | None = None
+    stopped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Standing:
         self.known: dict[str, int] = {}
         self.done = 0
         self.failed = 0
+        self.stopped = 0
         self.without_gain = 0
         self.hypervolume: float | None = None
         self.best: float | None = None
@@ -94,11 +97,15 @@ class Standing:
         """Ids of the architectures on the front."""
         return {architecture for _, architecture, _ in self._front}
 
-    def add(self, number: int, architecture: str, values: Sequence[float] | None) -> None:
+    def add(
+        self, number: int, architecture: str, values: Sequence[float] | None, outcome: Outcome | None = None
+    ) -> None:
         """Count one evaluated architecture; ``values`` are its objectives where they count."""
         self.known[architecture] = number
         self.done += 1
-        self.failed += values is None
+        stopped = outcome is Outcome.STOPPED
+        self.stopped += stopped
+        self.failed += values is None and not stopped
         grew = values is not None and self._enter(number, architecture, tuple(values))
         if self.done >= self._population:
             self._measure(grew)

@@ -23,6 +23,7 @@ from archsearch.errors import EnvironmentUnfit
 from archsearch.evaluation import Evaluation, Evaluator, Outcome
 from archsearch.search.executors import Finished, evaluate_once, failed
 from archsearch.search.ray_cluster import Cluster, connect_ray, disconnect_ray
+from archsearch.stopping import StoppingRule
 
 START_SECONDS = 180.0
 LOST_SECONDS = 20.0
@@ -41,9 +42,11 @@ class Worker:
         """Node and process id."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def evaluate(self, architecture: str, seed: int) -> str:
+    def evaluate(self, architecture: str, seed: int, stopping: str | None) -> str:
         """Evaluate one architecture; JSON in, JSON out."""
-        return evaluate_once(self._evaluator, Architecture.model_validate_json(architecture), seed).model_dump_json()
+        rule = None if stopping is None else StoppingRule.model_validate_json(stopping)
+        found = evaluate_once(self._evaluator, Architecture.model_validate_json(architecture), seed, rule)
+        return found.model_dump_json()
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class Job:
     key: int
     architecture: Architecture
     seed: int
+    stopping: StoppingRule | None
     result: Any
     submitted: float
     begun: float | None = None
@@ -113,10 +117,10 @@ class RayExecutor:
         """Number of workers."""
         return len(self._slots)
 
-    def submit(self, key: int, architecture: Architecture, seed: int) -> None:
+    def submit(self, key: int, architecture: Architecture, seed: int, stopping: StoppingRule | None = None) -> None:
         """Give it to a free worker."""
         slot = next(slot for slot in self._slots if slot.job is None)
-        slot.job = Job(key, architecture, seed, None, time.monotonic())
+        slot.job = Job(key, architecture, seed, stopping, None, time.monotonic())
         self._start(slot, slot.job)
 
     def wait(self, timeout: float | None = None) -> Finished:
@@ -145,7 +149,8 @@ class RayExecutor:
             slot.node, slot.pid, slot.failures = "", 0, 0
         job.submitted = time.monotonic()
         job.begun = job.submitted if slot.pid else None
-        job.result = slot.actor.evaluate.remote(job.architecture.model_dump_json(), job.seed)
+        rule = None if job.stopping is None else job.stopping.model_dump_json()
+        job.result = slot.actor.evaluate.remote(job.architecture.model_dump_json(), job.seed, rule)
 
     # Results
 
@@ -215,9 +220,8 @@ class RayExecutor:
         return self._finish(slot, job, evaluation)
 
     def _finish(self, slot: Slot, job: Job, evaluation: Evaluation) -> tuple[int, Evaluation]:
-        harmless = evaluation.outcome in (Outcome.OK, Outcome.INFEASIBLE)
         slot.job, slot.failed_starts = None, 0
-        slot.failures = 0 if harmless else slot.failures + 1
+        slot.failures = slot.failures + 1 if evaluation.outcome.is_failure else 0
         if evaluation.outcome.poisons_worker or slot.failures >= self._config.worker_failures:
             self._discard(slot)
         return job.key, evaluation

@@ -8,6 +8,7 @@ second carries over to genomes far from all known ones, which decides in spaces 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from sklearn import config_context
@@ -15,10 +16,12 @@ from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel, Matern, WhiteKernel
 
+from archsearch.search.descriptors import Descriptors
 from archsearch.search.genes import Codes, Floats, Genes
 
 FEWEST = 5
 TUNED_ON = 128  # rows at most from which the kernel's parameters are found
+FOREST_ON = 256  # the same for the importance of the genes
 TREES = 60
 LEAST_SCALE = 0.1  # of the gene that matters least, beside 1 for the one that matters most
 GROWTH = 1.3  # they are found again when there are so many times more rows
@@ -49,12 +52,24 @@ def features(genes: Genes, codes: Codes, scales: Floats | None = None) -> Floats
     return points if scales is None else points * np.repeat(scales, widths)
 
 
-def gene_importance(genes: Genes, codes: Codes, values: Floats) -> Floats:
-    """Share of the variance of ``values`` that a forest explains by each gene, (genes,), adding up to 1."""
+def gene_importance(genes: Genes, codes: Codes, values: Floats, described: Floats | None = None) -> Floats:
+    """Share of the variance of ``values`` that a forest explains by each gene, adding up to 1.
+
+    Args:
+        genes: of the space.
+        codes: (rows, genes).
+        values: (rows,).
+        described: (rows, descriptors) that the forest may use as well.
+
+    Returns:
+        (genes + descriptors,).
+    """
+    described = np.zeros((len(codes), 0)) if described is None else described
     forest = ExtraTreesRegressor(TREES, min_samples_leaf=2, max_features=0.5, random_state=0)
-    shares = forest.fit(features(genes, codes), values).feature_importances_
-    first = np.concatenate([[0], np.cumsum(np.where(genes.ordinal, 1, genes.sizes))[:-1]])
-    total = np.add.reduceat(shares, first)
+    points = np.concatenate([features(genes, codes), described], axis=1)
+    shares = forest.fit(points, values).feature_importances_
+    widths = np.concatenate([np.where(genes.ordinal, 1, genes.sizes), np.ones(described.shape[1], dtype=np.int64)])
+    total = np.add.reduceat(shares, np.concatenate([[0], np.cumsum(widths)[:-1]]))
     return np.asarray(total / total.sum() if total.sum() > 0 else np.full(len(total), 1 / len(total)))
 
 
@@ -94,19 +109,38 @@ class Warp:
         return float(-shrunk - len(values) * np.log(self._std))
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What a surrogate finds out now and then: the likeliest kernel and warp, and what matters how much.
+
+    ``scales`` are of genes and descriptors, (genes + descriptors,); ``importance`` is of the genes alone, (genes,).
+    """
+
+    kernel: Kernel
+    logarithmic: bool
+    scales: Floats
+    importance: Floats
+
+
 class Surrogate:
     """Predicts one objective of genomes.
 
     What it predicts depends on the rows it was fitted to alone. The kernel's parameters come from a
     first part of them that grows in steps, so that they are seldom found anew.
+
+    Args:
+        genes: of the space.
+        descriptors: what is known of genomes beside their genes; what any space has where None.
     """
 
-    def __init__(self, genes: Genes) -> None:
+    def __init__(self, genes: Genes, descriptors: Descriptors | None = None) -> None:
         self._genes = genes
-        self._tuned: tuple[bytes, Kernel, bool, Floats] | None = None
+        self._descriptors = descriptors or Descriptors(genes)
+        self._tuned: tuple[bytes, Tuned] | None = None
         self._fitted: bytes | None = None
         self._process = GaussianProcessRegressor()
         self._warp: Warp
+        self._scales = np.ones(0)
         self.importance = np.ones(len(genes.sizes)) / len(genes.sizes)
 
     def fit(self, codes: Codes, values: Floats, chosen: Codes | None = None) -> None:
@@ -125,10 +159,11 @@ class Surrogate:
         key = codes.tobytes() + values.tobytes()
         if key == self._fitted:
             return
-        kernel, logarithmic, self.importance = self._parameters(codes, values)
+        tuned = self._parameters(codes, values)
+        self._scales, self.importance = tuned.scales, tuned.importance
         rows = np.arange(len(codes)) if chosen is None else chosen
-        self._warp = Warp(values, logarithmic=logarithmic)
-        self._process = GaussianProcessRegressor(kernel, alpha=JITTER, optimizer=None)
+        self._warp = Warp(values, logarithmic=tuned.logarithmic)
+        self._process = GaussianProcessRegressor(tuned.kernel, alpha=JITTER, optimizer=None)
         self._condition(self._process, codes[rows], self._warp.apply(values[rows]))
         self._fitted = key
 
@@ -142,21 +177,26 @@ class Surrogate:
         return self._warp.invert(mean, std)
 
     def _points(self, codes: Codes) -> Floats:
-        scales = np.sqrt(self.importance / self.importance.max())
-        return features(self._genes, codes, np.maximum(scales, LEAST_SCALE))
+        count = len(self._genes.sizes)
+        described = self._descriptors(codes) * self._scales[count:]
+        return np.concatenate([features(self._genes, codes, self._scales[:count]), described], axis=1)
 
-    def _parameters(self, codes: Codes, values: Floats) -> tuple[Kernel, bool, Floats]:
+    def _parameters(self, codes: Codes, values: Floats) -> Tuned:
         step = int(np.log(len(codes) / FEWEST) / np.log(GROWTH) + 1e-9)
         rows = min(len(codes), int(np.ceil(FEWEST * GROWTH**step)))
         key = codes[:rows].tobytes() + values[:rows].tobytes()
         if self._tuned is None or self._tuned[0] != key:
-            self._tuned = key, *self._tune(codes[:rows], values[:rows])
-        return self._tuned[1:]
+            self._tuned = key, self._tune(codes[:rows], values[:rows])
+        return self._tuned[1]
 
-    def _tune(self, codes: Codes, values: Floats) -> tuple[Kernel, bool, Floats]:
-        """The likeliest kernel and warp for these rows, or an even sample of them; the importance of the genes."""
+    def _tune(self, codes: Codes, values: Floats) -> Tuned:
+        """From even samples of these rows."""
+        some = np.linspace(0, len(codes) - 1, min(len(codes), FOREST_ON)).astype(int)
+        bent = Warp(values, logarithmic=True).apply(values)[some]
+        importance = gene_importance(self._genes, codes[some], bent)
+        shares = gene_importance(self._genes, codes[some], bent, self._descriptors(codes)[some])
+        self._scales = np.maximum(np.sqrt(shares / shares.max()), LEAST_SCALE)
         some = np.linspace(0, len(codes) - 1, min(len(codes), TUNED_ON)).astype(int)
-        self.importance = gene_importance(self._genes, codes, Warp(values, logarithmic=True).apply(values))
         found = []
         for logarithmic in (False, True):
             warp = Warp(values, logarithmic=logarithmic)
@@ -165,7 +205,7 @@ class Surrogate:
             likelihood = process.log_marginal_likelihood_value_ + warp.log_slopes(values[some])
             found.append((likelihood, process.kernel_, logarithmic))
         _, kernel, logarithmic = max(found, key=lambda one: one[0])
-        return kernel, logarithmic, self.importance
+        return Tuned(kernel, logarithmic, self._scales, importance)
 
     def _condition(self, process: GaussianProcessRegressor, codes: Codes, scaled: Floats) -> None:
         try:

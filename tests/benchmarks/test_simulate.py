@@ -78,12 +78,15 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         "random",
         "--json",
         str(tmp_path / "o.json"),
+        "--png",
+        str(tmp_path / "o.png"),
     ]
     monkeypatch.setattr("sys.argv", [*words, "--table", str(table), "--objectives", "error,cost"])
     assert simulate.main() == 0
     assert "quality" in capsys.readouterr().out
     written = json.loads((tmp_path / "o.json").read_text())["results"][0]
     assert (written["workers"], written["evaluations"]) == (8, 60)
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
     # 60 random rows of 512 against the true front.
     assert 0.7 < written["quality"] < 1.0
     monkeypatch.setattr("sys.argv", ["simulate", "--workers", "0"])

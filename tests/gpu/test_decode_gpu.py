@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gd": {"head_dim": 96, "heads": 8},
     "m2": {"groups": 2},
 }
-KINDS = "a d gd gl m2 f w"
+KINDS = "a d gd kda gl r7 hg m m2 f w"
 VOCABULARY, LENGTH, PROMPT = 5000, 90, 40
 
 

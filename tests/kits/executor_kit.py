@@ -10,7 +10,8 @@ import pytest
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.evaluation import Evaluation, Evaluator, Outcome
 from archsearch.search.executors import Executor, Finished
-from tests.search.fakes import FakeEvaluator, FaultyEvaluator, objectives_of
+from archsearch.stopping import Line, StoppingRule
+from tests.search.fakes import FakeEvaluator, FaultyEvaluator, RungEvaluator, objectives_of
 
 Start = Callable[[Evaluator], Executor]
 EVERY_DIGIT = "0123456789abcdef"
@@ -57,6 +58,16 @@ class ExecutorKit:
             assert results[key].architecture == architecture
             assert results[key].objectives == objectives_of(architecture)
             assert (results[key].outcome, results[key].seed) == (Outcome.OK, 5)
+
+    def test_the_stopping_rule_travels_with_its_candidate(self, start: Start) -> None:
+        line = Line(slope=1.0, intercept=0.0, width=0.0, count=10, mean=3.0, spread=1.0)
+        rule = StoppingRule(objectives=("loss", "decode_latency"), front=((7, (0.0, 0.0)),), lines={20: line})
+        executor = start(RungEvaluator())
+        executor.submit(1, architectures(1)[0], 5, rule)
+        ((key, found),) = executor.wait(60.0)
+        assert (key, found.outcome) == (1, Outcome.STOPPED)
+        assert found.verdict is not None
+        assert (found.verdict.tokens, found.verdict.dominated_by) == (20, 7)
 
     def test_nothing_submitted_gives_nothing(self, start: Start) -> None:
         assert start(FakeEvaluator()).wait(0.0) == []

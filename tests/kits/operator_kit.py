@@ -6,6 +6,7 @@ of the recurrence and knows nothing of chunks, blocks or padding.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,9 @@ class Case:
         layer.init_weights(generator, residual_std=0.3)
         with torch.no_grad():
             for parameter in layer.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                # of a wide layer's matrices less, or what they give grows with the width and saturates
+                scale = 0.2 if parameter.ndim < 2 else min(0.2, parameter.shape[-1] ** -0.5)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
         return layer.to(device, dtype)
 
     def inputs(self, length: int, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -52,22 +55,40 @@ class Case:
         return "-".join([self.kind, *(f"{key}{value:g}" for key, value in self.options.items())])
 
 
+def every_kind(cases: list[Case], *small: tuple[int, int]) -> list[Case]:
+    """``cases``, and for each kind that has none one of each ``small`` pair of hidden size and head dim."""
+    missing = OPERATORS.keys() - {case.kind for case in cases}
+    found = list(cases)
+    for kind in (kind for kind in OPERATORS if kind in missing):
+        fields = OPERATORS[kind].model_fields.keys()
+        for hidden, size in small:
+            found.append(Case(kind, hidden, {name: size for name in ("head_dim", "state") if name in fields}))
+    return found
+
+
 CASES = [
     Case("a", options={"head_dim": 8, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}),
     Case("a", options={"head_dim": 16, "heads": 4, "kv_heads": 1}),
     Case("w", options={"head_dim": 8, "kv_heads": 2, "window": 7}),
     Case("w", options={"head_dim": 16, "window": 70, "qk_norm": True}),
+    Case("m", options={"state": 8}),
+    Case("m", options={"state": 5, "expand": 1.5, "dt_rank": 3, "conv": 3}),
     Case("m2", options={"head_dim": 8, "state": 8, "groups": 2}),
     Case("m2", options={"head_dim": 16, "state": 24, "conv": 3}),
     Case("d", options={"head_dim": 8}),
     Case("d", options={"head_dim": 16, "heads": 3, "conv": 1}),
     Case("gd", options={"head_dim": 8, "expand_v": 1.5}),
     Case("gd", options={"head_dim": 16, "heads": 3}),
+    Case("kda", options={"head_dim": 8, "expand_v": 1.5}),
+    Case("kda", options={"head_dim": 16, "heads": 3, "gate_rank": 5, "conv": 2}),
     Case("gl", options={"head_dim": 8}),
     Case("gl", options={"head_dim": 16, "expand_k": 1.0, "gate_normalizer": 0.5}),
+    Case("r7", options={"head_dim": 8}),
+    Case("r7", options={"head_dim": 16, "decay_rank": 5, "rate_rank": 7, "gate_rank": 3}),
     Case("f", options={"multiple_of": 8}),
     Case("f", options={"ratio": 1.7, "multiple_of": 1}),
 ]
+CASES = every_kind(CASES, (32, 8), (32, 16))
 
 
 def new_state(layer: Layer, batch: int, length: int) -> State:
@@ -87,15 +108,16 @@ def truth(layer: Layer, x: Tensor) -> Tensor:
     return run_steps(layer, x, new_state(layer, len(x), x.shape[1]))
 
 
-def gradients(layer: Layer, x: Tensor, *, stepwise: bool) -> dict[str, Tensor]:
-    """Output and the gradients of a fixed function of it, for the input and for every parameter."""
+def gradients(layer: Layer, x: Tensor, *, stepwise: bool = False, first: int = 0) -> dict[str, Tensor]:
+    """Output, and the gradients of a fixed function of its tokens from ``first`` on: input and every parameter."""
     layer.zero_grad()
     x = x.clone().requires_grad_()
     # the steps write into their state in place, so the backward pass needs copies of what it saves
-    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved):
+    saved = torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved)
+    with saved if stepwise else contextlib.nullcontext():
         y = truth(layer, x) if stepwise else layer(x)
         weights = torch.cos(torch.arange(y.numel(), device=y.device)).reshape(y.shape)
-        (y * weights).sum().backward()
+        (y.float() if y.dtype is torch.bfloat16 else y).mul(weights)[:, first:].sum().backward()
     found = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert x.grad is not None
     assert all(gradient is not None for gradient in found.values()), "a parameter is not used"
@@ -143,15 +165,15 @@ def check_states(case: Case, length: int) -> None:
     torch.testing.assert_close(prefilled, stepped, rtol=1e-8, atol=1e-9)
 
 
-def check_cost(case: Case) -> None:
+def check_cost(case: Case, device: str = "cpu") -> None:
     """Parameters and state bytes are those that the configuration states."""
-    layer, config = case.build(), case.config
+    layer, config = case.build(device=device), case.config
     assert sum(p.numel() for p in layer.parameters()) == config.parameters(case.hidden)
     matrices = sum(part.weight.numel() for part in layer.modules() if isinstance(part, torch.nn.Linear))
     assert matrices == config.matmul_parameters(case.hidden)
     for length in (3, 100):
         for dtype in (torch.bfloat16, torch.float32):
-            state = layer.allocate_state(2, length, torch.device("cpu"), dtype)
+            state = layer.allocate_state(2, length, torch.device(device), dtype)
             stated = config.state_bytes(case.hidden, length, dtype.itemsize)
             assert sum(buffer.nbytes for buffer in state.values()) == 2 * stated
 
@@ -171,6 +193,54 @@ def check_bfloat16(case: Case, length: int, bound: float) -> None:
     for actual in (half(x.bfloat16()), autocast):
         error = (actual.float() - expected).norm() / expected.norm()
         assert error < bound, f"relative error {error:.1e}"
+
+
+def check_training_path(case: Case, length: int, device: str, bounds: dict[str, float]) -> None:
+    """The path that ``device`` trains with, in bf16 under autocast, against the fp32 reference.
+
+    Args:
+        case: what to check.
+        length: tokens of the two sequences.
+        device: where both run.
+        bounds: largest relative error of the ``output`` and of each gradient by name, ``other`` for the rest.
+    """
+    x = case.inputs(length, dtype=torch.float32).to(device)
+    reference, trained = case.build(torch.float32, device), use_training_path(case.build(torch.float32, device))
+    # The first token reads a multiple of its own value, and the norm behind takes the multiple away: by its queries
+    # and keys there is no gradient but for rounding. Longer sequences leave it out.
+    first = min(1, length - 1)
+    expected = gradients(reference, x, first=first)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = gradients(trained, x, first=first)
+    scale = max(gradient.norm() for name, gradient in expected.items() if name not in ("output", "input"))
+    errors = {}
+    for name, true in expected.items():
+        floor = 0.0 if name in ("output", "input") else (0.5 if length == 1 else 1e-3) * scale
+        errors[name] = float((actual[name].float() - true).norm() / true.norm().clamp(min=floor))
+    print(f"{case} T={length}", " ".join(f"{name}={error:.1e}" for name, error in errors.items()))
+    bad = {name: error for name, error in errors.items() if not error < bounds.get(name, bounds["other"])}
+    assert not bad, f"relative errors {bad}"
+
+
+@torch.no_grad()
+def check_prefill_on_training_path(case: Case, prompt: int, length: int, device: str, bound: float) -> None:
+    """Prefill through the path that ``device`` trains with, in bf16, then fp32 steps, against the fp32 reference."""
+    x = case.inputs(length, dtype=torch.float32).to(device)
+    expected, layer = case.build(torch.float32, device)(x), use_training_path(case.build(torch.float32, device))
+    state = new_state(layer, len(x), length)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        prefilled = layer.prefill(x[:, :prompt], state)
+    actual = torch.cat([prefilled.float(), run_steps(layer, x[:, prompt:], state, start=prompt)], dim=1)
+    # token by token, so that a wrong state cannot hide behind a long prompt
+    error = float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1).mean()).max())
+    print(f"{case} prompt={prompt} error={error:.1e}")
+    assert error < bound, f"relative error {error:.1e}"
+
+
+def use_training_path(layer: Layer) -> Layer:
+    """``layer`` on the fastest implementation that it has."""
+    layer.path = layer.paths[-1]
+    return layer
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:

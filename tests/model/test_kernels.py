@@ -18,14 +18,25 @@ from torch import Tensor
 
 from archsearch.architecture import make_architecture
 from archsearch.errors import EnvironmentUnfit, UsageError
+from archsearch.model import layers
 from archsearch.model.decode import DecodeGraph, DecodePlan
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.kernels import TORCH, TRITON
 from archsearch.model.kernels.attention import Heads, attend, attend_reference, attention_scratch, rotary_table
 from archsearch.model.kernels.bandwidth import read_sums, read_sums_reference
+from archsearch.model.kernels.chains import CHAINS
 from archsearch.model.kernels.convolution import Convolution, Output, padded, value_rows
 from archsearch.model.kernels.delta import DeltaGates, delta_step, delta_step_reference
 from archsearch.model.kernels.gla import Decay, gla_step, gla_step_reference
+from archsearch.model.kernels.hgrn2 import hgrn2_step, hgrn2_step_reference
+from archsearch.model.kernels.kda import KDAGates, kda_step, kda_step_reference
+from archsearch.model.kernels.mamba import (
+    Selective,
+    selective_project,
+    selective_project_reference,
+    selective_step,
+    selective_step_reference,
+)
 from archsearch.model.kernels.projection import (
     Epilogue,
     Norm,
@@ -35,8 +46,11 @@ from archsearch.model.kernels.projection import (
     project,
     project_reference,
 )
+from archsearch.model.kernels.rwkv7 import TimeMix, rwkv7_step, rwkv7_step_reference
+from archsearch.model.kernels.shift import Shift, shift_project, shift_project_reference
 from archsearch.model.kernels.ssd import Rates, ssd_step, ssd_step_reference
 from archsearch.model.kernels.token import select, select_reference
+from archsearch.operators import OPERATORS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
@@ -46,10 +60,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "w": {"head_dim": 24, "heads": 4, "kv_heads": 2, "window": 5, "qkv_bias": True},
     "d": {"head_dim": 32},
     "gd": {"head_dim": 24, "heads": 2},
+    "kda": {"head_dim": 24, "heads": 2, "expand_v": 1.5, "gate_rank": 20},
     "gl": {"head_dim": 24},
+    "hg": {"head_dim": 48},
+    "r7": {"head_dim": 24, "decay_rank": 8, "rate_rank": 40},
+    "m": {"state": 12, "dt_rank": 40},
     "m2": {"head_dim": 32, "state": 16, "groups": 2},
     "f": {"ratio": 2, "multiple_of": 32},
 }
+KINDS = [*OPTIONS, *(kind for kind in OPERATORS if kind not in OPTIONS)]
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +216,26 @@ def test_delta_kernel(heads: int, k: int, v: int, taps: int, gated: bool) -> Non
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("heads", "k", "v", "taps", "rank"), [(2, 32, 32, 4, 32), (2, 24, 20, 1, 40), (1, 16, 8, 3, 5)]
+)
+def test_kda_kernel(heads: int, k: int, v: int, taps: int, rank: int) -> None:
+    batch, channels = 2, heads * (2 * k + v)
+    state, output, sums = torch.randn(batch, heads, v, k), outputs(batch, heads, v), poisoned(batch, heads)
+    ups = torch.randn(heads * k, rank) * rank**-0.5, torch.randn(heads * v, rank) * rank**-0.5
+    gates = KDAGates(-torch.rand(heads), torch.randn(heads * k), *ups, torch.randn(heads * v))
+    part = convolution(batch, channels, taps, bias=False)
+    for here in (0, taps):
+        x = torch.randn(batch, channels + heads + 2 * rank)
+        agree(
+            lambda *a: (kda_step(*a), sums.copy_(total(output.squares))),
+            lambda *a: (kda_step_reference(*a), sums.copy_(total(output.squares))),
+            (x, part, gates, state, torch.tensor(here), output),
+            [state, part.ring, output.mixed, sums],
+        )
+
+
+@interpreted
 @pytest.mark.parametrize(("heads", "k", "v", "rank"), [(2, 32, 64, 16), (1, 24, 40, 3)])
 def test_gla_kernel(heads: int, k: int, v: int, rank: int) -> None:
     batch = 2
@@ -207,6 +246,21 @@ def test_gla_kernel(heads: int, k: int, v: int, rank: int) -> None:
         lambda *a: (gla_step(*a), sums.copy_(total(output.squares))),
         lambda *a: (gla_step_reference(*a), sums.copy_(total(output.squares))),
         (x, decay, state, output),
+        [state, output.mixed, sums],
+    )
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "size"), [(2, 32), (3, 24)])
+def test_hgrn2_kernel(heads: int, size: int) -> None:
+    batch, single = 2, outputs(2, heads, size)
+    squares = single.squares.reshape(batch, 1, -1)
+    state, sums = torch.randn(batch, heads, size, size), poisoned(batch, 1)
+    output = Output(single.mixed, squares, torch.rand(heads * size))
+    agree(
+        lambda *a: (hgrn2_step(*a), sums.copy_(total(squares))),
+        lambda *a: (hgrn2_step_reference(*a), sums.copy_(total(squares))),
+        (torch.randn(batch, 3 * heads * size), state, output),
         [state, output.mixed, sums],
     )
 
@@ -232,6 +286,44 @@ def test_ssd_kernel(heads: int, v: int, k: int, groups: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize(("batch", "k"), [(1, 96), (1, 700), (3, 200), (17, 96)])
+def test_shift_project_kernel(batch: int, k: int) -> None:
+    x, weight, out = torch.randn(batch, k), torch.randn(64, k) * k**-0.5, poisoned(batch, 64)
+    shift = Shift(torch.rand(3, k), torch.tensor([0, 2, 2, 1], dtype=torch.int32), torch.randn(batch, 2, k))
+    for here in (0, 1):
+        args = x, torch.rand(k), 1e-3, shift, torch.tensor(here), weight, out
+        agree(shift_project, shift_project_reference, args, [out, shift.ring])
+
+
+@interpreted
+@pytest.mark.parametrize(("heads", "d", "ranks"), [(2, 32, (32, 40, 16)), (3, 24, (5, 7, 64))])
+def test_rwkv7_kernel(heads: int, d: int, ranks: tuple[int, int, int]) -> None:
+    batch, hidden = 2, heads * d
+    ups = [torch.randn(hidden, rank) * rank**-0.5 for rank in ranks]
+    starts = (0, hidden, 2 * hidden, 3 * hidden, 3 * hidden + ranks[0], 3 * hidden + sum(ranks[:2]))
+    mix = TimeMix(*ups, *(torch.randn(hidden) for _ in range(7)), -0.6, 1e-4, starts)
+    state, mixed = torch.randn(batch, heads, d, d), poisoned(batch, hidden)
+    projected = torch.randn(batch, 3 * hidden + sum(ranks))
+    agree(rwkv7_step, rwkv7_step_reference, (projected, mix, state, mixed), [state, mixed])
+
+
+@interpreted
+@pytest.mark.parametrize(("inner", "k", "rank", "taps"), [(64, 16, 8, 4), (1100, 5, 40, 3)])
+def test_mamba_kernels(inner: int, k: int, rank: int, taps: int) -> None:
+    batch, part = 2, convolution(2, inner, taps, bias=True)
+    down, convolved = torch.randn(rank + 2 * k, inner) * inner**-0.5, poisoned(batch, inner)
+    selected = poisoned(batch, rank + 2 * k)
+    own = torch.randn(inner, rank) * rank**-0.5, torch.randn(inner), -torch.rand(inner, k), torch.randn(inner)
+    state, mixed = torch.randn(batch, inner, k), poisoned(batch, inner)
+    for here in (0, taps):
+        x = torch.randn(batch, 2 * inner)
+        args = x, part, torch.tensor(here), down, convolved, selected
+        agree(selective_project, selective_project_reference, args, [convolved, selected, part.ring])
+        args = x, convolved, selected, Selective(*own), state, mixed
+        agree(selective_step, selective_step_reference, args, [state, mixed])
+
+
+@interpreted
 def test_read_kernel() -> None:
     x = torch.randint(-999, 999, (2 * 16384,), dtype=torch.int32)
     out = torch.zeros(2, dtype=torch.int32)
@@ -239,7 +331,7 @@ def test_read_kernel() -> None:
 
 
 def model_of(kinds: str, **fields: Any) -> HybridLM:
-    options = {kind: OPTIONS[kind] for kind in set(kinds.split())}
+    options = {kind: OPTIONS.get(kind, {"head_dim": 32}) for kind in set(kinds.split())}
     sizes = {"hidden_size": 96, "vocab_size": VOCABULARY, "operators": kinds, "options": options, **fields}
     model = build_model(make_architecture(**sizes))
     with torch.no_grad():
@@ -278,7 +370,7 @@ plain = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 
 
 @plain
-@pytest.mark.parametrize("kinds", [*OPTIONS, "a f d m2 f w gd gl f"])
+@pytest.mark.parametrize("kinds", [*KINDS, "a f d m2 f w gd kda gl r7 m f"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_plan_follows_the_model(kinds: str, batch: int) -> None:
     model = model_of(kinds, meta_tokens=3 * (batch == 1), tie_embeddings=batch == 1)
@@ -294,7 +386,7 @@ def test_plan_follows_the_model(kinds: str, batch: int) -> None:
 @plain
 @pytest.mark.parametrize("prompt", [1, 2, 9])
 def test_plan_goes_on_from_a_prefill(prompt: int) -> None:
-    model = model_of("a d w m2 gl gd f", meta_tokens=2)
+    model = model_of("a d w m2 m gl r7 gd kda hg f", meta_tokens=2)
     plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
     state = model.allocate_state(2, 20)
     with torch.no_grad():
@@ -318,9 +410,25 @@ def test_plan_feeds_its_own_tokens_back() -> None:
 
 @plain
 def test_equal_fusion() -> None:
-    plan = DecodePlan(model_of("a w d gd gl m2 f"), 1, 8, TORCH)
-    assert plan.kernels == {"a": 3, "w": 3, "d": 3, "gd": 3, "gl": 3, "m2": 3, "f": 2, "head": 2}
-    assert plan.kernels_per_token == 6 * 3 + 2 + 2
+    plan = DecodePlan(model_of(" ".join(OPTIONS)), 1, 8, TORCH)
+    mixers = dict.fromkeys(OPTIONS, 3)
+    assert plan.kernels == {**mixers, "m": 4, "f": 2, "head": 2}
+    assert plan.kernels_per_token == (len(OPTIONS) - 1) * 3 + 1 + 2 + 2
+    assert not plan.plain
+
+
+@plain
+def test_kind_without_kernels_runs_its_own_step(monkeypatch) -> None:
+    monkeypatch.delitem(CHAINS, layers.GatedDeltaNet)
+    model = model_of("gd f", meta_tokens=2)
+    plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
+    assert plan.plain == {"gd"}
+    state = model.allocate_state(2, 20)
+    with torch.no_grad():
+        follow(model, plan, tokens, 0)
+        model.prefill(tokens[:, :5], state)
+        plan.load(state, tokens[:, 5])
+        follow(model, plan, tokens, 5)
 
 
 @plain

@@ -24,7 +24,7 @@ def _poisoned_memory(monkeypatch):
 
 def test_every_operator_kind_has_a_layer():
     assert LAYERS.keys() == OPERATORS.keys()
-    assert {case.kind for case in kit.CASES} == LAYERS.keys()
+    assert {case.kind for case in kit.CASES} == LAYERS.keys(), "the kit leaves a kind out"
 
 
 @each_case

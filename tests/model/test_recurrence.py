@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archsearch.model.recurrence import (
+from archsearch.model.chunked import (
     delta_rule_chunked,
-    delta_rule_step,
+    dplr_chunked,
     gla_chunked,
-    gla_step,
+    selective_scan_chunked,
     ssd_chunked,
+)
+from archsearch.model.recurrence import (
+    delta_rule_step,
+    dplr_step,
+    gla_step,
+    selective_scan_step,
     ssd_step,
     stepwise,
 )
@@ -56,6 +62,45 @@ def test_delta_rule_with_weak_and_strong_decay(strength):
     q, k = (F.normalize(draw(HEADS, KEY, seed=seed), dim=-1) for seed in (1, 2))
     log_decay = None if strength is None else -strength * decay()
     agree(delta_rule_chunked, delta_rule_step, q, k, draw(HEADS, VALUE), draw(HEADS).sigmoid(), log_decay)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.01, 1.0, 30.0, 1000.0])
+def test_channelwise_delta_rule_with_weak_and_strong_decay(strength):
+    q, k = (F.normalize(draw(HEADS, KEY, seed=seed), dim=-1) for seed in (1, 2))
+    inputs = q, k, draw(HEADS, VALUE), draw(HEADS).sigmoid(), -strength * decay(KEY)
+    agree(delta_rule_chunked, delta_rule_step, *inputs)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.01, 0.6, 30.0, 1000.0])
+def test_dplr_with_weak_and_strong_decay(strength):
+    removed = F.normalize(draw(HEADS, KEY, seed=2), dim=-1)
+    inputs = draw(HEADS, KEY, seed=1), draw(HEADS, KEY, seed=4), draw(HEADS, VALUE)
+    rates = draw(HEADS, KEY, seed=5).sigmoid()
+    agree(dplr_chunked, dplr_step, *inputs, -removed, removed * rates, -strength * decay(KEY))
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0, 30.0, 1000.0])
+def test_selective_scan_with_weak_and_strong_decay(strength):
+    rates = -strength * torch.rand(HEADS, KEY, generator=torch.Generator().manual_seed(6))
+    inputs = draw(KEY), draw(KEY, seed=1), draw(HEADS, seed=2), decay(), rates
+
+    def step(c, b, x, dt, state):
+        return selective_scan_step(c, b, x, dt, leaves[1], state)
+
+    leaves = [rates.clone().requires_grad_(), rates.double().requires_grad_()]
+    found = []
+    for index, dtype in enumerate((torch.float32, torch.float64)):
+        parts = [x.to(dtype, copy=True).requires_grad_() for x in inputs[:4]]
+        if index:
+            state = torch.zeros(BATCH, HEADS, KEY, dtype=dtype)
+            output, final = stepwise(step, *parts, state=state)
+        else:
+            output, final = selective_scan_chunked(*parts, leaves[0])
+        (output.sin().sum() + final.cos().sum()).backward()
+        found.append([output, final, *(part.grad for part in (*parts, leaves[index]))])
+    for actual, expected in zip(*found, strict=True):
+        assert torch.isfinite(actual).all()
+        assert (actual - expected).norm() <= 3e-5 * expected.norm() + 1e-6
 
 
 def test_delta_rule_with_one_key_repeated_and_overwritten():

@@ -44,7 +44,7 @@ def test_training_learns_text() -> None:
     assert seen[0][1] == pytest.approx(math.log(256), abs=0.2)
     assert len(seen) == 40
     assert seen[-1][0] == result.tokens == 20480
-    assert set(result.seconds) == {"data", "build", "train", "validate"}
+    assert set(result.seconds) == {"data", "build", "kernels", "train", "validate"}
     assert result.paths == {"step": "eager", **dict.fromkeys(["loss", "a", "f", "gd"], "torch")}
     assert result.dtype == "float32"
     assert not result.model.training

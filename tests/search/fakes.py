@@ -11,7 +11,8 @@ from typing import Any
 
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
-from archsearch.evaluation import Evaluation, Evaluator, Outcome
+from archsearch.evaluation import Evaluation, Evaluator, Outcome, Rung
+from archsearch.stopping import StoppingRule
 
 SPACE: dict[str, Any] = {
     "name": "small",
@@ -28,12 +29,16 @@ AGING = {"mode": "paper", "population_size": 6, "tournament_size": 3}
 
 
 def make_config(
-    space: dict[str, Any] | None = None, execution: dict[str, Any] | None = None, **search: Any
+    space: dict[str, Any] | None = None,
+    execution: dict[str, Any] | None = None,
+    proxy: dict[str, Any] | None = None,
+    **search: Any,
 ) -> RunConfig:
     """A config of the small space, inline unless told otherwise."""
     data = {
         "space": space or SPACE,
         "search": {"evaluations": 20, "aging": AGING, **search},
+        "proxy": proxy or {},
         "execution": {"executor": "inline", "min_free_bytes": 0, **(execution or {})},
     }
     return RunConfig.model_validate(data)
@@ -61,6 +66,39 @@ class FakeEvaluator:
         return Evaluation(
             architecture=architecture, outcome=Outcome.OK, objectives=objectives_of(architecture), seed=seed
         )
+
+
+@dataclass(frozen=True)
+class RungEvaluator:
+    """Trains past the rungs of 10 and 20 tokens to the end at 40, or to where the rule stops it."""
+
+    log: str | None = None
+
+    def __call__(self, architecture: Architecture, *, seed: int, stopping: StoppingRule | None = None) -> Evaluation:
+        """Evaluate."""
+        if self.log is not None:
+            append_line(self.log, architecture.id)
+        values = objectives_of(architecture)
+        reached, verdict = [], None
+        for tokens, excess in ((10, 1.0), (20, 0.4)):
+            wobble = int(hashlib.sha256(f"{architecture.id} {tokens}".encode()).hexdigest()[:4], 16) / 16**4
+            loss = values["loss"] + excess + 0.02 * excess * wobble
+            reached.append(Rung(tokens=tokens, objectives=values | {"loss": loss}))
+            verdict = stopping.verdict(tokens, reached[-1].objectives) if stopping is not None else None
+            if verdict is not None:
+                break
+        found = {
+            "rungs": tuple(reached),
+            "seed": seed,
+            "curve": tuple((r.tokens, r.objectives["loss"]) for r in reached),
+        }
+        if verdict is not None:
+            return Evaluation(architecture=architecture, outcome=Outcome.STOPPED, verdict=verdict, **found)
+        return Evaluation(architecture=architecture, outcome=Outcome.OK, objectives=values, **found)
+
+
+RUNGS = {"batch": 1, "context": 10, "rungs": [10, 20, 40]}
+"""The proxy of ``RungEvaluator``."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from archsearch.search.aging import AgingEvolutionSampler, GeneSpace
 from archsearch.search.genes import Genes
 from archsearch.search.history import EXPECTED, LINEAGE, History, HistoryReader
+from archsearch.search.pareto import front
 
 CHOICES = {"op": ("a", "d", "f"), "width": (1, 2, 4, 8)}
 GENES = Genes.of(CHOICES)
@@ -39,6 +40,8 @@ def check(reader: HistoryReader, study: optuna.Study, before: int = EVERYTHING) 
     found, expected = reader.read(study, GENES, before), HistoryReader(identify).read(study, GENES, before)
     for name in set(History.__slots__) - {"source"}:
         np.testing.assert_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    best = found.finished[found.violations[found.finished] == found.violations[found.finished].min(initial=np.inf)]
+    assert found.front.tolist() == best[front(found.values[best])].tolist()
     return found
 
 

@@ -190,7 +190,7 @@ class Losing:
         self.losses = losses
         self.jobs: list[tuple[int, Architecture, int]] = []
 
-    def submit(self, key: int, architecture: Architecture, seed: int) -> None:
+    def submit(self, key: int, architecture: Architecture, seed: int, stopping: object = None) -> None:
         self.jobs.append((key, architecture, seed))
 
     def wait(self, timeout: float | None = None) -> Finished:

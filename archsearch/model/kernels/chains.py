@@ -1,142 +1,77 @@
 """How each operator kind decodes one token: merged weights, static state, and a chain of launches.
 
 All mixers take three kernels (norm and input projections; everything between; output projection and residual)
-and an FFN two, so that no kind is slow only because it is fused less than another.
+and an FFN two, so that no kind is slow only because it is fused less than another. Mamba, the first, takes four:
+what its channels select by is itself a projection of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from archsearch.model import layers
 from archsearch.model.hybrid import Residual
-from archsearch.model.kernels import Kernels
-from archsearch.model.kernels.attention import Heads, attention_scratch, rotary_table
-from archsearch.model.kernels.convolution import Convolution, Output, padded, value_rows
+from archsearch.model.kernels import Launch
+from archsearch.model.kernels.attention import Heads
+from archsearch.model.kernels.convolution import Output, value_rows
 from archsearch.model.kernels.delta import DeltaGates
 from archsearch.model.kernels.gla import Decay
+from archsearch.model.kernels.kda import KDAGates
+from archsearch.model.kernels.mamba import Selective
 from archsearch.model.kernels.projection import Epilogue, Norm
+from archsearch.model.kernels.rwkv7 import TimeMix
+from archsearch.model.kernels.shift import BLOCK, Shift
 from archsearch.model.kernels.ssd import Rates
-from archsearch.model.layers.parts import RMSNorm, ShortConvolution
-
-Launches = list[Callable[[], None]]
-
-
-@dataclass(slots=True)
-class Workspace:
-    """What the chains of all layers share. Activations live in buffers that are used again by every layer.
-
-    Attributes:
-        kernels: who computes.
-        batch: number of sequences.
-        capacity: tokens that fit, meta tokens included.
-        hidden: [B, hidden], the residual stream.
-        position: [] in int64, tokens stored so far.
-    """
-
-    kernels: Kernels
-    batch: int
-    capacity: int
-    hidden: Tensor
-    position: Tensor
-    _buffers: dict[tuple, Tensor] = field(default_factory=dict)
-    _scratch: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
-
-    def activations(self, name: str, width: int) -> Tensor:
-        """The buffer [B, width] of that name."""
-        key = name, width
-        if key not in self._buffers:
-            self._buffers[key] = self.hidden.new_empty(self.batch, width)
-        return self._buffers[key]
-
-    def squares(self, groups: int, parts: int) -> Tensor:
-        """The buffer [B, groups, parts] of mean squares."""
-        key = "squares", groups, parts
-        if key not in self._buffers:
-            self._buffers[key] = self.hidden.new_empty(self.batch, groups, parts, dtype=torch.float32)
-        return self._buffers[key]
-
-    def scratch(self, heads: Heads, slots: int) -> dict[str, Tensor]:
-        """What the splits of an attention step share."""
-        key = heads, slots
-        if key not in self._scratch:
-            self._scratch[key] = attention_scratch(self.batch, heads, slots, self.hidden.device)
-        return self._scratch[key]
-
-    def rotary(self, dim: int, theta: float) -> Tensor:
-        """The rotary embedding's table."""
-        key = "rotary", dim, theta
-        if key not in self._buffers:
-            self._buffers[key] = rotary_table(self.capacity, dim, theta, self.hidden.device)
-        return self._buffers[key]
-
-    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A state buffer of ``batch`` sequences."""
-        return self.hidden.new_zeros(self.batch, *shape, dtype=dtype)
-
-
-@dataclass(slots=True)
-class Chain:
-    """One layer's decode step.
-
-    Attributes:
-        kind: of the operator.
-        launches: its kernels in order.
-        state: under the names of ``Layer.allocate_state``; convolutions are rings.
-    """
-
-    kind: str
-    launches: Launches
-    state: dict[str, Tensor] = field(default_factory=dict)
+from archsearch.model.kernels.workspace import (
+    Chain,
+    Workspace,
+    gain_of,
+    merged,
+    projection,
+    read_out,
+    residual,
+    ring,
+    widened,
+)
+from archsearch.model.layers.parts import ShortConvolution
+from archsearch.model.layers.rwkv7 import STRONGEST
 
 
 def build_chain(layer: Residual, work: Workspace) -> Chain:
-    """The decode step of one residual layer."""
-    return CHAINS[type(layer.op)](layer, work)
+    """The decode step of one residual layer: kernels, or for a kind that has none its own plain-torch step."""
+    return CHAINS.get(type(layer.op), _plain)(layer, work)
 
 
-def _gain(norm: RMSNorm) -> Norm:
-    return Norm(norm.eps, gain=norm.weight.detach())
+def _plain(layer: Residual, work: Workspace) -> Chain:
+    state = layer.op.allocate_state(work.batch, work.capacity, work.hidden.device, work.hidden.dtype)
 
+    @torch.no_grad()
+    def step() -> None:
+        work.hidden.copy_(layer.step(work.hidden, state, work.position))
 
-def _merged(*projections: nn.Linear) -> Tensor:
-    return torch.cat([p.weight.detach() for p in projections]).contiguous()
-
-
-def _projection(
-    layer: Residual, work: Workspace, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Launches]:
-    """Norm and input projections of a layer: their output, and the launch."""
-    projected = work.activations("projected", len(weight))
-    norm = _gain(layer.norm)
-    return projected, [partial(work.kernels.project, work.hidden, weight, projected, Epilogue.PLAIN, norm, bias)]
-
-
-def _residual(work: Workspace, x: Tensor, weight: Tensor, norm: Norm | None = None) -> Launches:
-    """Output projection of a layer, added to the residual stream."""
-    return [partial(work.kernels.project, x, weight.detach(), work.hidden, Epilogue.RESIDUAL, norm)]
+    return Chain(layer.kind, [step], state, plain=True)
 
 
 def _ffn(layer: Residual, work: Workspace) -> Chain:
     op = cast(layers.FFN, layer.op)
     inner = work.activations("projected", op.down_proj.in_features)
-    weight, norm = _merged(op.gate_proj, op.up_proj), _gain(layer.norm)
+    weight, norm = merged(op.gate_proj, op.up_proj), gain_of(layer.norm)
     gated = partial(work.kernels.project, work.hidden, weight, inner, Epilogue.GATED, norm)
-    return Chain(layer.kind, [gated, *_residual(work, inner, op.down_proj.weight)])
+    return Chain(layer.kind, [gated, *residual(work, inner, op.down_proj.weight)])
 
 
 def _attention(layer: Residual, work: Workspace) -> Chain:
     op = cast(layers.Attention, layer.op)
     qkv = op.q_proj, op.k_proj, op.v_proj
     bias = None if op.q_proj.bias is None else torch.cat([p.bias.detach() for p in qkv])
-    projected, launches = _projection(layer, work, _merged(*qkv), bias)
+    projected, launches = projection(layer, work, merged(*qkv), bias)
     norms, eps = None, 0.0
     if op.q_norm is not None and op.k_norm is not None:
         norms, eps = (op.q_norm.weight.detach(), op.k_norm.weight.detach()), op.q_norm.eps
@@ -146,63 +81,85 @@ def _attention(layer: Residual, work: Workspace) -> Chain:
     mixed = work.activations("mixed", op.heads * op.head_dim)
     scratch = work.scratch(heads, slots)
     step = partial(work.kernels.attend, projected, norms, rotary, work.position, state["k"], state["v"], scratch)
-    launches += [partial(step, mixed, heads), *_residual(work, mixed, op.o_proj.weight)]
+    launches += [partial(step, mixed, heads), *residual(work, mixed, op.o_proj.weight)]
     return Chain(layer.kind, launches, state)
 
 
-def _ring(work: Workspace, *parts: ShortConvolution) -> Convolution:
-    weight = torch.cat([p.weight.detach()[:, 0] for p in parts])
-    bias = None if parts[0].bias is None else parts[0].bias.detach()
-    return Convolution(weight.T.contiguous(), bias, work.zeros(weight.shape[1], weight.shape[0]))
-
-
-def _read_out(work: Workspace, heads: int, value_dim: int, gain: Tensor) -> Output:
-    """Where a mixer with one output norm a head writes."""
-    width = padded(value_dim)
-    parts = width // min(width, value_rows(work.batch, heads, value_dim))
-    return Output(work.activations("mixed", heads * width), work.squares(heads, parts), gain.detach())
-
-
-def _widened(weight: Tensor, heads: int, value_dim: int) -> Tensor:
-    """An output projection [N, heads * value dim] for heads that are padded with zeros."""
-    extra = padded(value_dim) - value_dim
-    return weight if extra == 0 else F.pad(weight.unflatten(1, (heads, -1)), (0, extra)).flatten(1).contiguous()
-
-
 def _delta(layer: Residual, work: Workspace) -> Chain:
-    op = cast(layers.DeltaNet, layer.op)
-    merged, gates = [cast(nn.Linear, p) for p in (op.q_proj, op.k_proj, op.v_proj, op.b_proj)], None
-    if isinstance(op, layers.GatedDeltaNet):
-        merged += [op.a_proj, op.g_proj]
-        gates = DeltaGates(-op.A_log.detach().float().exp(), op.dt_bias.detach().float())
-    projected, launches = _projection(layer, work, _merged(*merged))
-    convolution = _ring(work, *(cast(ShortConvolution, c) for c in (op.q_conv1d, op.k_conv1d, op.v_conv1d)))
+    return _delta_rule(layer, work, work.kernels.delta, None)
+
+
+def _gated_delta(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.GatedDeltaNet, layer.op)
+    gates = DeltaGates(-op.A_log.detach().float().exp(), op.dt_bias.detach().float())
+    return _delta_rule(layer, work, work.kernels.delta, gates, op.a_proj, op.g_proj)
+
+
+def _kda(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.KDA, layer.op)
+    (decay_down, decay), (gate_down, gate) = (cast(Iterable[nn.Linear], p) for p in (op.f_proj, op.g_proj))
+    rates, steps = -op.A_log.detach().float().exp(), op.dt_bias.detach().float()
+    gates = KDAGates(rates, steps, decay.weight.detach(), gate.weight.detach(), gate.bias.detach())
+    return _delta_rule(layer, work, work.kernels.kda, gates, decay_down, gate_down)
+
+
+def _delta_rule(layer: Residual, work: Workspace, step: Launch, gates: Any, *extra: nn.Linear) -> Chain:
+    """A mixer of the delta rule; ``extra`` projections come behind those of q, k, v and b."""
+    op = cast(layers.DeltaNet | layers.GatedDeltaNet | layers.KDA, layer.op)
+    inputs = (cast(nn.Linear, p) for p in (op.q_proj, op.k_proj, op.v_proj, op.b_proj))
+    projected, launches = projection(layer, work, merged(*inputs, *extra))
+    convolution = ring(work, *(cast(ShortConvolution, c) for c in (op.q_conv1d, op.k_conv1d, op.v_conv1d)))
     state = work.zeros(op.heads, op.value_dim, op.key_dim, dtype=torch.float32)
-    output = _read_out(work, op.heads, op.value_dim, op.o_norm.weight)
-    launches.append(partial(work.kernels.delta, projected, convolution, gates, state, work.position, output))
-    weight = _widened(op.o_proj.weight.detach(), op.heads, op.value_dim)
-    launches += _residual(work, output.mixed, weight, Norm(op.o_norm.eps, squares=output.squares))
+    output = read_out(work, op.heads, op.value_dim, op.o_norm.weight)
+    launches.append(partial(step, projected, convolution, gates, state, work.position, output))
+    weight = widened(op.o_proj.weight.detach(), op.heads, op.value_dim)
+    launches += residual(work, output.mixed, weight, Norm(op.o_norm.eps, squares=output.squares))
     return Chain(layer.kind, launches, {"conv": convolution.ring, "recurrent": state})
 
 
 def _gla(layer: Residual, work: Workspace) -> Chain:
     op = cast(layers.GLA, layer.op)
     down, up = cast(nn.Linear, op.gk_proj[0]), cast(nn.Linear, op.gk_proj[1])
-    projected, launches = _projection(layer, work, _merged(op.q_proj, op.k_proj, op.v_proj, op.g_proj, down))
+    projected, launches = projection(layer, work, merged(op.q_proj, op.k_proj, op.v_proj, op.g_proj, down))
     decay = Decay(up.weight.detach(), up.bias.detach(), op.gate_normalizer)
     state = work.zeros(op.heads, op.value_dim, op.key_dim, dtype=torch.float32)
     norm = op.g_norm_swish_gate
-    output = _read_out(work, op.heads, op.value_dim, norm.weight)
+    output = read_out(work, op.heads, op.value_dim, norm.weight)
     launches.append(partial(work.kernels.gla, projected, decay, state, output))
-    weight = _widened(op.o_proj.weight.detach(), op.heads, op.value_dim)
-    launches += _residual(work, output.mixed, weight, Norm(norm.eps, squares=output.squares))
+    weight = widened(op.o_proj.weight.detach(), op.heads, op.value_dim)
+    launches += residual(work, output.mixed, weight, Norm(norm.eps, squares=output.squares))
     return Chain(layer.kind, launches, {"recurrent": state})
+
+
+def _hgrn2(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.HGRN2, layer.op)
+    projected, launches = projection(layer, work, merged(op.q_proj, op.f_proj, op.i_proj))
+    state = work.zeros(op.heads, op.head_dim, op.head_dim, dtype=torch.float32)
+    output = read_out(work, op.heads, op.head_dim, op.g_norm.weight, groups=1)
+    launches.append(partial(work.kernels.hgrn2, projected, state, output))
+    weight = widened(op.o_proj.weight.detach(), op.heads, op.head_dim)
+    launches += residual(work, output.mixed, weight, Norm(op.g_norm.eps, squares=output.squares))
+    return Chain(layer.kind, launches, {"recurrent": state})
+
+
+def _mamba(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.Mamba, layer.op)
+    projected, launches = projection(layer, work, op.in_proj.weight.detach())
+    convolution, steps = ring(work, op.conv1d), op.dt_proj
+    channels = Selective(*(t.detach() for t in (steps.weight, steps.bias, op.rates().float(), op.D)))
+    state = work.zeros(op.inner, op.state_size, dtype=torch.float32)
+    convolved, mixed = work.activations("convolved", op.inner), work.activations("mixed", op.inner)
+    selected, down = work.activations("selected", op.x_proj.out_features), op.x_proj.weight.detach()
+    select = partial(work.kernels.selective_project, projected, convolution, work.position, down, convolved, selected)
+    step = partial(work.kernels.selective_step, projected, convolved, selected, channels, state, mixed)
+    launches += [select, step, *residual(work, mixed, op.out_proj.weight)]
+    return Chain(layer.kind, launches, {"conv": convolution.ring, "recurrent": state})
 
 
 def _mamba2(layer: Residual, work: Workspace) -> Chain:
     op = cast(layers.Mamba2, layer.op)
-    projected, launches = _projection(layer, work, op.in_proj.weight.detach())
-    convolution = _ring(work, op.conv1d)
+    projected, launches = projection(layer, work, op.in_proj.weight.detach())
+    convolution = ring(work, op.conv1d)
     value_dim = op.inner // op.heads
     parts = -(-value_dim // value_rows(work.batch, op.heads, value_dim))
     squares = work.squares(op.groups, op.heads // op.groups * parts)
@@ -211,8 +168,31 @@ def _mamba2(layer: Residual, work: Workspace) -> Chain:
     state = work.zeros(op.heads, value_dim, op.state_size, dtype=torch.float32)
     step = partial(work.kernels.ssd, projected, convolution, rates, state, work.position, op.groups, output)
     norm = Norm(op.norm.eps, squares=squares)
-    launches += [step, *_residual(work, output.mixed, op.out_proj.weight, norm)]
+    launches += [step, *residual(work, output.mixed, op.out_proj.weight, norm)]
     return Chain(layer.kind, launches, {"conv": convolution.ring, "recurrent": state})
+
+
+def _rwkv7(layer: Residual, work: Workspace) -> Chain:
+    op = cast(layers.RWKV7, layer.op)
+    (w_down, w_up), (a_down, a_up), (g_down, g_up) = (part.lora[::2] for part in (op.w_lora, op.a_lora, op.g_lora))
+    inputs = {"r": op.r_proj, "k": op.k_proj, "v": op.v_proj, "w": w_down, "a": a_down, "g": g_down}
+    # each input begins a new block of rows, since it has a mix of its own
+    weights = [F.pad(p.weight.detach(), (0, 0, 0, -p.out_features % BLOCK)) for p in inputs.values()]
+    starts = (0, *itertools.accumulate(len(weight) for weight in weights[:-1]))
+    mixes = torch.stack([op.get_parameter(f"x_{name}").detach() for name in inputs])
+    blocks = torch.tensor([len(weight) // BLOCK for weight in weights], device=mixes.device)
+    block_mix = torch.arange(len(inputs), device=mixes.device, dtype=torch.int32).repeat_interleave(blocks)
+    weight, shift = torch.cat(weights).contiguous(), Shift(mixes, block_mix, work.zeros(2, mixes.shape[1]))
+    projected = work.activations("projected", len(weight))
+    vectors = (w_up.bias, a_up.bias, op.k_k, op.k_a, op.r_k, op.g_norm.weight, op.g_norm.bias)
+    ups = (up.weight.detach() for up in (w_up, a_up, g_up))
+    mix = TimeMix(*ups, *(vector.detach() for vector in vectors), STRONGEST, op.norm_eps, starts)
+    state = work.zeros(op.heads, op.head_dim, op.head_dim, dtype=torch.float32)
+    mixed, norm = work.activations("mixed", op.o_proj.in_features), layer.norm
+    shifted = partial(work.kernels.shift, work.hidden, norm.weight.detach(), norm.eps, shift, work.position)
+    step = partial(work.kernels.rwkv7, projected, mix, state, mixed)
+    launches = [partial(shifted, weight, projected), step, *residual(work, mixed, op.o_proj.weight)]
+    return Chain(layer.kind, launches, {"conv": shift.ring, "recurrent": state})
 
 
 CHAINS: dict[type, Callable[[Residual, Workspace], Chain]] = {
@@ -220,7 +200,11 @@ CHAINS: dict[type, Callable[[Residual, Workspace], Chain]] = {
     layers.Attention: _attention,
     layers.SlidingWindowAttention: _attention,
     layers.DeltaNet: _delta,
-    layers.GatedDeltaNet: _delta,
+    layers.GatedDeltaNet: _gated_delta,
+    layers.KDA: _kda,
     layers.GLA: _gla,
+    layers.HGRN2: _hgrn2,
+    layers.Mamba: _mamba,
     layers.Mamba2: _mamba2,
+    layers.RWKV7: _rwkv7,
 }

@@ -9,6 +9,7 @@ taps: no program reads the slot that another one writes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,12 +98,12 @@ def convolve(convolution: Convolution, x: Tensor, position: Tensor) -> Tensor:
     return F.silu(total if convolution.bias is None else total + convolution.bias.float())
 
 
-def emit(output: Output, o: Tensor, gate: Tensor | None) -> None:
+def emit(output: Output, o: Tensor, gate: Tensor | None, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
     """Write the read-out ``o`` [B, heads, V] as the kernels do: with gain and gate, its norm left to the reader."""
     mean = o.square().mean(-1, keepdim=True)
     output.squares.zero_()
     output.squares[..., :1] = mean
     y = o * output.gain.float()
-    y = y if gate is None else y * F.silu(gate.float())
+    y = y if gate is None else y * activation(gate.float())
     width = output.mixed.shape[1] // o.shape[1]
     output.mixed.copy_(F.pad(y, (0, width - y.shape[-1])).flatten(1))

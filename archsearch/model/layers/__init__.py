@@ -11,26 +11,38 @@ from archsearch.model.layers.delta_net import DeltaNet
 from archsearch.model.layers.ffn import FFN
 from archsearch.model.layers.gated_delta_net import GatedDeltaNet
 from archsearch.model.layers.gla import GLA
+from archsearch.model.layers.hgrn2 import HGRN2
+from archsearch.model.layers.kda import KDA
+from archsearch.model.layers.mamba import Mamba
 from archsearch.model.layers.mamba2 import Mamba2
+from archsearch.model.layers.rwkv7 import RWKV7
 
 LAYERS: dict[str, type[Layer]] = {
     "a": Attention,
     "w": SlidingWindowAttention,
+    "m": Mamba,
     "m2": Mamba2,
     "d": DeltaNet,
     "gd": GatedDeltaNet,
+    "kda": KDA,
     "gl": GLA,
+    "r7": RWKV7,
+    "hg": HGRN2,
     "f": FFN,
 }
 
 __all__ = [
     "FFN",
     "GLA",
+    "HGRN2",
+    "KDA",
     "LAYERS",
+    "RWKV7",
     "Attention",
     "DeltaNet",
     "GatedDeltaNet",
     "Layer",
+    "Mamba",
     "Mamba2",
     "SlidingWindowAttention",
     "State",

@@ -24,6 +24,8 @@ class Attention(Layer):
     """
 
     residual: ClassVar[str] = "o_proj"
+    paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
+    kernels: ClassVar[str] = "SDPA flash"
 
     def __init__(self, config: operators.Attention, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -41,6 +43,15 @@ class Attention(Layer):
         """Attend over whole sequences, [B, heads, T, D]."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
+    def unsupported(self) -> tuple[str, str] | None:
+        if self.head_dim % 8:
+            return f"head_dim {self.head_dim} is no multiple of 8", "flash kernels take 8, 16, 24, ... 256"
+        return None
+
+    def mix_fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``mix`` through a flash kernel, on [B, T, heads, D]."""
+        return fla_ops.attention(q, k, v)
+
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
         shape = batch, self.kv_heads, self.visible(length), self.head_dim
         return {name: torch.zeros(shape, device=device, dtype=dtype) for name in ("k", "v")}
@@ -51,6 +62,19 @@ class Attention(Layer):
         if state is not None:
             self._store(state, k, v, positions)
         return self._output(self.mix(q, k, v))
+
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.heads import rotary_table, split_heads
+
+        x = fla_ops.half(x)
+        table = rotary_table(x.shape[1], self.head_dim, self.theta, x.device)
+        gains = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        eps = 0.0 if self.q_norm is None else self.q_norm.eps
+        projected = fla_ops.project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = split_heads(projected, table, *gains, self.heads, self.kv_heads, eps)
+        if state is not None:
+            self._store(state, k.transpose(1, 2), v.transpose(1, 2), torch.arange(x.shape[1], device=x.device))
+        return self.o_proj(self.mix_fused(q, k, v).flatten(-2))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         q, k, v = self._qkv(x[:, None], position[None])
@@ -89,7 +113,7 @@ class SlidingWindowAttention(Attention):
     The state is a ring: position p is in slot p mod slots.
     """
 
-    paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
+    kernels: ClassVar[str] = "varlen_attn flash, windowed"
 
     def __init__(self, config: operators.SlidingWindowAttention, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__(config, hidden_size, norm_eps)
@@ -98,9 +122,12 @@ class SlidingWindowAttention(Attention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] <= self.window:
             return super().mix(q, k, v)
-        if self.path == "fla":
-            return fla_ops.windowed_attention(q, k, v, self.window)
         return windowed_attention(q, k, v, self.window)
+
+    def mix_fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[1] <= self.window:
+            return super().mix_fused(q, k, v)
+        return fla_ops.windowed_attention(q, k, v, self.window)
 
     def slot(self, position: Tensor, slots: int) -> Tensor:
         return position % slots

@@ -21,10 +21,13 @@ class Layer(nn.Module):
     """
 
     path: str = "torch"
-    """Which implementation ``forward`` mixes tokens with: one of ``paths``."""
+    """Which implementation ``forward`` runs: one of ``paths``."""
 
     paths: ClassVar[tuple[str, ...]] = ("torch",)
-    """Implementations that there are: ``torch`` is the reference, ``fla`` flash-linear-attention's kernels."""
+    """Implementations that there are: ``torch`` is the reference, ``fla`` the GPU kernels (``fused``)."""
+
+    kernels: ClassVar[str] = ""
+    """What ``fla`` runs, as records name it."""
 
     residual: ClassVar[str]
     """Name of the projection whose output is added to the residual stream."""
@@ -40,7 +43,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, hidden] to [B, T, hidden]."""
-        return self.sequence(x, None)
+        return self.sequence(x, None) if self.path == "torch" else self.fused(x, None)
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
         """Zeroed buffers for ``batch`` sequences of at most ``length`` tokens; ``dtype`` is that of activations."""
@@ -48,11 +51,29 @@ class Layer(nn.Module):
 
     def prefill(self, x: Tensor, state: State) -> Tensor:
         """Like ``forward``; starts ``state`` anew and leaves it as if the tokens of ``x`` had been stepped."""
-        return self.sequence(x, state)
+        return self.sequence(x, state) if self.path == "torch" else self.fused(x, state)
 
     def sequence(self, x: Tensor, state: State | None) -> Tensor:
         """``forward``, or ``prefill`` when there is a state to fill."""
         raise NotImplementedError
+
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        """``sequence`` through the GPU kernels, in 16 bits; by itself ``sequence``, with a ``mix`` that looks at
+        ``path``.
+        """
+        return self.sequence(x, state)
+
+    def unsupported(self) -> tuple[str, str] | None:
+        """Which option the GPU kernels cannot take, and what they would take; None where they take all."""
+        return None
+
+    def require(self) -> None:
+        """Raise EnvironmentUnfit where what the GPU kernels of this kind need beyond fla is missing."""
+
+    @property
+    def implementation(self) -> str:
+        """What ``forward`` runs now, as records name it."""
+        return self.path if self.path == "torch" else self.kernels
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         """One token, [B, hidden] to [B, hidden].

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from archsearch import operators
 from archsearch.model import fla_ops
+from archsearch.model.chunked import delta_rule_chunked
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import RMSNorm, ShortConvolution, l2_normalize, linear
-from archsearch.model.recurrence import Mixed, accumulator, delta_rule_chunked, delta_rule_step
+from archsearch.model.recurrence import Mixed, accumulator, delta_rule_step
 
 
 class DeltaRule(Layer):
@@ -44,9 +45,11 @@ class DeltaRule(Layer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None) -> Mixed:
         """Run the recurrence over whole sequences."""
-        if self.path == "fla":
-            return fla_ops.delta_rule(q, k, v, beta, decay)
         return delta_rule_chunked(l2_normalize(q), l2_normalize(k), v, beta, decay)
+
+    def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """The recurrence over normalised heads through a kernel, then the output norm; ``x`` gives the gates."""
+        raise NotImplementedError
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
         shape = batch, self.heads, self.value_dim, self.key_dim
@@ -62,6 +65,19 @@ class DeltaRule(Layer):
         if state is not None:
             state["recurrent"].copy_(final)
         return self._output(o, x)
+
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.convolution import convolve
+
+        x = fla_ops.half(x)
+        projected = fla_ops.project(x, self.q_proj, self.k_proj, self.v_proj)
+        weights = [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+        q, k, v = convolve(projected, weights, None, [self.key_dim, self.key_dim, self.value_dim], normed=2)
+        o, final = self.mix_fused(q, k, v, x, keep=state is not None)
+        if state is not None:
+            ShortConvolution.keep(projected, state["conv"])
+            state["recurrent"].copy_(final)
+        return self.o_proj(o.flatten(-2))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         caches = self._caches(state)
@@ -96,12 +112,18 @@ class DeltaRule(Layer):
 class DeltaNet(DeltaRule):
     """DeltaNet (arXiv 2406.06484) as in flash-linear-attention and the paper's models: no gates."""
 
+    kernels: ClassVar[str] = "fla chunk_delta_rule"
+
     def __init__(self, config: operators.DeltaNet, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__(hidden_size, config.n_heads(hidden_size), config.head_dim, config.head_dim, config.conv)
         self.o_norm = RMSNorm(config.head_dim, norm_eps)
 
     def decay(self, x: Tensor) -> Tensor | None:
         return None
+
+    def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        o, final = fla_ops.delta_rule(q, k, v, self.b_proj(x).sigmoid(), keep=keep)
+        return self.o_norm.fused(o), final
 
     def normed(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o)

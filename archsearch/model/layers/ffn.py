@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archsearch import operators
+from archsearch.model import fla_ops
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import linear
 
@@ -16,6 +17,8 @@ class FFN(Layer):
     """``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202); remembers nothing."""
 
     residual: ClassVar[str] = "down_proj"
+    paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
+    kernels: ClassVar[str] = "Triton SwiGLU"
 
     def __init__(self, config: operators.FFN, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -27,5 +30,11 @@ class FFN(Layer):
     def sequence(self, x: Tensor, state: State | None) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.swiglu import swiglu
+
+        x = fla_ops.half(x)
+        return self.down_proj(swiglu(fla_ops.project(x, self.gate_proj, self.up_proj)))
+
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
-        return self(x)
+        return self.sequence(x, None)

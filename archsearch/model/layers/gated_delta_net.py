@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from archsearch import operators
+from archsearch.model import fla_ops
 from archsearch.model.layers.delta_net import DeltaRule
 from archsearch.model.layers.parts import RMSNorm, init_decay, linear
 from archsearch.model.recurrence import accumulator
@@ -14,6 +17,8 @@ from archsearch.model.recurrence import accumulator
 
 class GatedDeltaNet(DeltaRule):
     """Gated DeltaNet (arXiv 2412.06464), its weights named as in flash-linear-attention."""
+
+    kernels: ClassVar[str] = "fla chunk_gated_delta_rule"
 
     def __init__(self, config: operators.GatedDeltaNet, hidden_size: int, norm_eps: float = 1e-6) -> None:
         heads, value_dim = config.n_heads(hidden_size), config.value_dim()
@@ -30,6 +35,11 @@ class GatedDeltaNet(DeltaRule):
 
     def normed(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o) * F.silu(self.g_proj(x).unflatten(-1, (self.heads, -1)).to(o.dtype))
+
+    def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+        gate, decay, beta = fla_ops.project_apart(x, self.g_proj, self.a_proj, self.b_proj)
+        o, final = fla_ops.gated_delta_rule(q, k, v, beta, decay, self.A_log, self.dt_bias, keep=keep)
+        return self.o_norm.fused(o, gate.unflatten(-1, (self.heads, -1))), final
 
     @torch.no_grad()
     def init_weights(self, generator: Generator | None, residual_std: float) -> None:

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from archsearch import operators
 from archsearch.model import fla_ops
+from archsearch.model.chunked import gla_chunked
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import RMSNorm, linear
-from archsearch.model.recurrence import Mixed, accumulator, gla_chunked, gla_step
+from archsearch.model.recurrence import Mixed, accumulator, gla_step
 
 
 class GLA(Layer):
@@ -24,6 +25,7 @@ class GLA(Layer):
     residual: ClassVar[str] = "o_proj"
     internal: ClassVar[tuple[str, ...]] = ("gk_proj.1",)
     paths: ClassVar[tuple[str, ...]] = ("torch", "fla")
+    kernels: ClassVar[str] = "fla chunk_gla"
 
     def __init__(self, config: operators.GLA, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -42,8 +44,6 @@ class GLA(Layer):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Mixed:
         """Run the recurrence over whole sequences."""
-        if self.path == "fla":
-            return fla_ops.gla(q, k, v, decay)
         return gla_chunked(q, k, v, decay)
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -55,6 +55,20 @@ class GLA(Layer):
         if state is not None:
             state["recurrent"].copy_(final)
         return self._output(o, x)
+
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.decay import log_decay
+
+        x = fla_ops.half(x)
+        gate, low = fla_ops.project_apart(x, self.g_proj, self.gk_proj[0])
+        decay = log_decay(self.gk_proj[1](low), self.gate_normalizer)
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), decay
+        q, k, v, decay = (t.unflatten(-1, (self.heads, -1)) for t in projected)
+        o, final = fla_ops.gla(q, k, v, decay, keep=state is not None)
+        if state is not None:
+            state["recurrent"].copy_(final)
+        gate = gate.unflatten(-1, (self.heads, -1))
+        return self.o_proj(self.g_norm_swish_gate.fused(o, gate).flatten(-2))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         o, final = gla_step(*self._inputs(x), state["recurrent"])

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from archsearch import operators
 from archsearch.model import fla_ops
+from archsearch.model.chunked import ssd_chunked
+from archsearch.model.fla_library import installed
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import RMSNorm, ShortConvolution, init_decay, linear
-from archsearch.model.recurrence import Mixed, accumulator, ssd_chunked, ssd_step
+from archsearch.model.recurrence import Mixed, accumulator, ssd_step
 
 
 class Mamba2(Layer):
@@ -38,6 +40,12 @@ class Mamba2(Layer):
         self.norm = RMSNorm(self.inner, norm_eps, groups=self.groups)
         self.out_proj = linear(self.inner, hidden_size)
 
+    @property
+    def implementation(self) -> str:
+        if self.path == "torch":
+            return self.path
+        return "mamba-ssm scan" if installed("mamba_ssm") else "fla chunk_simple_gla"
+
     def mix(self, c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor) -> Mixed:
         """Run the recurrence over whole sequences.
 
@@ -48,8 +56,6 @@ class Mamba2(Layer):
             dt: [B, T, heads] in fp32.
             rate: [heads], A (negative).
         """
-        if self.path == "fla":
-            return fla_ops.ssd(c, b, x, dt, rate)
         return ssd_chunked(c, b, x * dt[..., None], dt * rate)
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -66,6 +72,21 @@ class Mamba2(Layer):
         if state is not None:
             state["recurrent"].copy_(final)
         return self._output(o, values, z)
+
+    def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.convolution import convolve
+
+        x = fla_ops.half(x)
+        z, channels, dt = self.in_proj(x).split([self.inner, self.channels, self.heads], dim=-1)
+        shared = self.groups * self.state_size
+        weights, biases = (t.split([self.inner, shared, shared]) for t in (self.conv1d.weight, self.conv1d.bias))
+        dims = [self.inner // self.heads, self.state_size, self.state_size]
+        values, b, c = convolve(channels, list(weights), list(biases), dims, normed=0)
+        o, final = fla_ops.ssd(c, b, values, dt, self._rate(), self.D, self.dt_bias, keep=state is not None)
+        if state is not None:
+            ShortConvolution.keep(channels, state["conv"])
+            state["recurrent"].copy_(final)
+        return self.out_proj(self.norm.fused(o.flatten(-2), z, gate_first=True))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         z, channels, dt = self._projected(x)

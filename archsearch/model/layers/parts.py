@@ -28,6 +28,24 @@ class RMSNorm(nn.Module):
         grouped = exact.unflatten(-1, (self.groups, -1))
         return (F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * weight).to(x.dtype)
 
+    def fused(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        *,
+        gate_first: bool = False,
+        activation: str = "silu",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """``forward`` by one kernel, times ``silu(gate)`` or another ``activation``; as ``dtype``, or that of ``x``."""
+        from archsearch.model.fused.norm import norm
+
+        if self.groups == 1:
+            return norm(x, self.weight, self.eps, gate, gate_first=gate_first, activation=activation, dtype=dtype)
+        parts = (t if t is None else t.unflatten(-1, (self.groups, -1)) for t in (x, gate))
+        x, gate = parts
+        return norm(x, self.weight, self.eps, gate, gate_first=gate_first, dtype=dtype).flatten(-2)
+
 
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution over time, then SiLU.
@@ -59,6 +77,12 @@ class ShortConvolution(nn.Module):
         # as an image of height 1 the layout is torch's channels_last, twice as fast as conv1d on a CPU
         image, weight = padded.mT.unsqueeze(2), self.weight.unsqueeze(2)
         return F.silu(F.conv2d(image, weight, self.bias, groups=x.shape[-1]).squeeze(2).mT)
+
+    @staticmethod
+    def keep(x: Tensor, cache: Tensor) -> None:
+        """Leave the end of the sequence ``x`` [B, T, channels] in ``cache``."""
+        last = x[:, -cache.shape[1] :] if cache.shape[1] else x[:, :0]
+        cache.copy_(F.pad(last, (0, 0, cache.shape[1] - last.shape[1], 0)))
 
     def step(self, x: Tensor, cache: Tensor) -> Tensor:
         """One token, [B, channels]; moves ``cache`` on by one, in place."""
@@ -103,6 +127,11 @@ def init_decay(a_log: Tensor, dt_bias: Tensor, low: float, generator: Generator 
     """
     rates = torch.empty_like(a_log, dtype=torch.float32).uniform_(low, 16, generator=generator)
     a_log.copy_(rates.log())
+    init_steps(dt_bias, generator)
+
+
+def init_steps(dt_bias: Tensor, generator: Generator | None) -> None:
+    """Time steps log-uniform in [0.001, 0.1]: ``dt_bias`` takes their inverse softplus."""
     ends = math.log(0.001), math.log(0.1)
     steps = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(*ends, generator=generator).exp()
     dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))

@@ -1,0 +1,120 @@
+"""flash-linear-attention, imported piece by piece, and what it needs of this machine.
+
+Its packages import everything they have: layers, models and with them transformers, 11 to 16 s on a
+worker's way to its first step. Here their ``__init__`` runs only when somebody asks them for a name,
+so that ``import fla.layers`` still works beside us.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from archsearch.errors import EnvironmentUnfit
+
+DEFERRED = ("fla", "fla.ops", "fla.modules", "mamba_ssm")
+"""Packages whose ``__init__`` imports far more than the operator that is wanted, or (mamba-ssm) fails without
+the CUDA extension that the Triton scan does not need.
+"""
+
+MIN_TRITON = (3, 7, 1)
+"""Triton from 3.4 up to this miscompiles the gated backward pass on Hopper: wrong gradients, no error."""
+
+HOPPER = (9, 0)
+MIN_CAPABILITY = (8, 0)
+"""Ampere: the first GPUs with bf16 matrix units."""
+
+
+def load(name: str) -> ModuleType:
+    """The module ``name`` of fla, for example ``fla.ops.gla.chunk``, with tuned configurations in place.
+
+    Raises:
+        EnvironmentUnfit: it is not installed.
+    """
+    if name in sys.modules and name not in DEFERRED:
+        return sys.modules[name]
+    library = name.partition(".")[0]
+    if not installed(library):
+        raise _missing(library)
+    for package in DEFERRED:
+        if package.startswith(library) and package not in sys.modules:
+            _defer(package)
+    from archsearch.model import tuned
+
+    module = importlib.import_module(name)
+    tuned.install()
+    guarded = sys.modules.get("fla.ops.common.chunk_o")
+    if guarded is not None and torch.cuda.is_available() and miscompiles(torch.device("cuda")):
+        # fla refuses these gradients unseen; here they are compared with the reference first (self_check)
+        guarded.TRITON_ABOVE_3_7_1 = True
+    return module
+
+
+@functools.cache
+def installed(library: str) -> bool:
+    """Whether the top-level package ``library`` can be found; nothing of it runs."""
+    return library in sys.modules or importlib.util.find_spec(library) is not None
+
+
+@functools.cache
+def operator(path: str) -> Any:
+    """The function that ``path`` names, for example ``fla.ops.gla.chunk:chunk_gla``."""
+    module, _, name = path.partition(":")
+    return getattr(load(module), name)
+
+
+def _defer(name: str) -> None:
+    """Register the package ``name`` without running its ``__init__``, until a name of it is missed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.loader is None:
+        raise _missing(name)
+    module = importlib.util.module_from_spec(spec)
+
+    def run(attribute: str) -> Any:
+        if attribute.startswith("__") or "__getattr__" not in vars(module):
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
+        del module.__getattr__
+        spec.loader.exec_module(module)
+        return getattr(module, attribute)
+
+    module.__getattr__ = run
+    if name == "fla":
+        module.__version__ = importlib.metadata.version("fla-core")
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+
+
+def require(device: torch.device) -> None:
+    """Raise EnvironmentUnfit where the kernels cannot run on ``device`` at all, with what would help."""
+    if device.type != "cuda":
+        raise EnvironmentUnfit(f"the GPU kernels do not run on {device}", "set proxy.kernels=auto")
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        raise EnvironmentUnfit(
+            f"{torch.cuda.get_device_name(device)} is older than Ampere: no bf16 matrix units",
+            "use a GPU of compute capability 8.0 or higher, or set proxy.kernels=torch for the slow reference",
+        )
+    for module, name in (("triton", "triton"), ("fla", "flash-linear-attention")):
+        if importlib.util.find_spec(module) is None:
+            raise _missing(name)
+
+
+def miscompiles(device: torch.device) -> bool:
+    """Whether this Triton is known to give wrong gradients of gated operators on ``device``."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    return torch.cuda.get_device_capability(device) == HOPPER and (3, 4, 0) <= version < MIN_TRITON
+
+
+def _missing(name: str) -> EnvironmentUnfit:
+    remedy = "pip install 'archsearch[cuda]', or set proxy.kernels=torch for the slow reference"
+    return EnvironmentUnfit(f"training on a GPU needs {name}", remedy)

@@ -1,0 +1,5 @@
+"""Our Triton kernels for training: the small operations between the matrix products, forward and backward.
+
+Each file holds one operation: its kernels, the autograd function, and under ``*_reference`` the plain torch
+that it must equal. Configurations are explicit, so nothing is tuned and a shape's first use compiles once.
+"""

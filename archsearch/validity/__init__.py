@@ -1,0 +1,1 @@
+"""How far the proxy's ranking can be trusted: the same architectures trained short and long."""

@@ -1,0 +1,205 @@
+"""The fused kernels of the training path against their plain-torch twins, forward and backward.
+
+On a CPU the kernels run in Triton's interpreter, in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archsearch.model import fla_ops, self_check
+from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, ssd_chunked
+from archsearch.model.fused import convolution, decay, heads, norm, swiglu
+from archsearch.model.layers import LAYERS
+from archsearch.model.layers.attention import windowed_attention
+from archsearch.operators import FFN, OPERATORS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is what starts this process")
+def test_in_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "." * 10 in done.stdout, "the tests of the kernels were skipped"
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def agree(kernel, reference, inputs: list[Tensor | None], *rest) -> None:
+    """Outputs and gradients of every input are equal."""
+    found = []
+    for function in (kernel, reference):
+        leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+        out = function(leaves, *rest)
+        sum((torch.cos(torch.arange(y.numel()).view_as(y)) * y).sum() for y in out).backward()
+        found.append([y.detach() for y in out] + [x.grad for x in leaves if x is not None])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("inner", [8, 1030])
+def test_swiglu(inner):
+    x = [draw(2, 3, 2 * inner, seed=0)]
+    agree(lambda x: [swiglu.swiglu(*x)], lambda x: [swiglu.swiglu_reference(*x)], x)
+
+
+@interpreted
+def test_log_decay():
+    x = [draw(2, 700, seed=0)]
+    agree(lambda x: [decay.log_decay(20 * x[0], 3)], lambda x: [decay.log_decay_reference(20 * x[0], 3)], x)
+
+
+@interpreted
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("dim", "length"), [(8, 5), (24, 17)])
+def test_split_heads(norm, dim, length):
+    table = heads.rotary_table(length, dim, 1e4, torch.device("cpu"))
+    gains = [draw(dim, seed=1), draw(dim, seed=2)] if norm else [None, None]
+
+    def run(function):
+        return lambda x: function(x[0], table, x[1], x[2], 3, 2, 1e-6)
+
+    inputs = [draw(2, length, 7 * dim, seed=0), *gains]
+    agree(run(heads.split_heads), run(heads.split_heads_reference), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("length", [2, 20])
+@pytest.mark.parametrize(("dims", "taps", "bias", "normed"), [([8, 8, 12], 4, False, 2), ([16, 24, 24], 3, True, 0)])
+def test_convolve(length, dims, taps, bias, normed):
+    weights = [draw(2 * dim, 1, taps, seed=dim) for dim in dims]
+    biases = [draw(2 * dim, seed=dim) for dim in dims] if bias else [None] * 3
+    inputs = [draw(2, length, 2 * sum(dims) + 5, seed=0), *weights, *biases]
+
+    def run(function):
+        def call(x):
+            slice = x[0][..., 2 : 2 + 2 * sum(dims)]
+            return function(slice, x[1:4], x[4:] if bias else None, dims, normed)
+
+        return call
+
+    agree(run(convolution.convolve), run(convolution.convolve_reference), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("gate", ["none", "after", "before", "sigmoid"])
+@pytest.mark.parametrize(("shape", "gains"), [((2, 3, 40), 40), ((2, 5, 3, 8), 8), ((2, 5, 3, 8), 24), ((1, 1, 9), 9)])
+def test_norm(gate, shape, gains):
+    inputs = [draw(*shape[:-1], 2 * shape[-1], seed=0), draw(gains, seed=1), draw(*shape, seed=2)]
+
+    def run(function):
+        def call(x):
+            first = x[0].unflatten(-1, (2, -1))[..., 1, :]
+            given = None if gate == "none" else x[2]
+            activation = "sigmoid" if gate == "sigmoid" else "silu"
+            normed = function(first, x[1], 1e-6, given, gate_first=gate == "before", activation=activation)
+            return [normed, x[2]]
+
+        return call
+
+    agree(run(norm.norm), run(norm.norm_reference), inputs)
+
+
+@interpreted
+def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
+    config, cpu = FFN(multiple_of=8), torch.device("cpu")
+    found = self_check.agreement(config, 16, cpu, 5)
+    assert found.sound, found.errors
+    assert found.errors.keys() == {"output", "input", "gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+    right = swiglu._SwiGLU.backward
+    monkeypatch.setattr(swiglu._SwiGLU, "backward", staticmethod(lambda ctx, grad: right(ctx, grad) * 1.2))
+    wrong = self_check.agreement.__wrapped__(config, 16, cpu, 5)
+    assert not wrong.sound
+    assert wrong.errors["output"] == found.errors["output"]
+
+
+def without_library(monkeypatch) -> None:
+    """The library's recurrences replaced by ours, so that all that surrounds them runs on a CPU."""
+
+    def gated(q, k, v, beta, decay, a_log, dt_bias, *, keep):
+        decay = -a_log.exp() * F.softplus(decay.float() + dt_bias)
+        return delta_rule_chunked(q, k, v, beta.float().sigmoid(), decay)
+
+    def kda(q, k, v, beta, decay, a_log, dt_bias, *, keep):
+        decay = -a_log.exp()[:, None] * F.softplus(decay.float() + dt_bias.unflatten(0, (len(a_log), -1)))
+        return delta_rule_chunked(q, k, v, beta.float().sigmoid(), decay)
+
+    def ssd(c, b, x, dt, rate, skip, dt_bias, *, keep):
+        dt = F.softplus(dt.float() + dt_bias)
+        o, state = ssd_chunked(c, b, x * dt[..., None], dt * rate)
+        return (o + skip[:, None] * x).to(x.dtype), state
+
+    def attention(q, k, v):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def windowed(q, k, v, window):
+        return windowed_attention(*(t.transpose(1, 2) for t in (q, k, v)), window).transpose(1, 2)
+
+    monkeypatch.setattr(fla_ops, "delta_rule", lambda *args, keep: halved(delta_rule_chunked(*args)))
+    monkeypatch.setattr(fla_ops, "gated_delta_rule", lambda *args, keep: halved(gated(*args, keep=keep)))
+    monkeypatch.setattr(fla_ops, "kda", lambda *args, keep: halved(kda(*args, keep=keep)))
+    monkeypatch.setattr(fla_ops, "rwkv7", lambda *args, keep: halved(dplr_chunked(*args[:-1])))
+    monkeypatch.setattr(fla_ops, "gla", lambda *args, keep: halved(gla_chunked(*args)))
+    monkeypatch.setattr(fla_ops, "ssd", ssd)
+    monkeypatch.setattr(fla_ops, "attention", attention)
+    monkeypatch.setattr(fla_ops, "windowed_attention", windowed)
+
+
+def halved(mixed):
+    return mixed[0].bfloat16(), mixed[1]
+
+
+CASES = [
+    ("a", 32, {"head_dim": 8, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}),
+    ("w", 32, {"head_dim": 16, "window": 5}),
+    ("m2", 32, {"head_dim": 8, "state": 16, "groups": 2}),
+    ("d", 32, {"head_dim": 8, "heads": 3, "conv": 3}),
+    ("gd", 32, {"head_dim": 8, "expand_v": 1.5, "heads": 3}),
+    ("kda", 32, {"head_dim": 8, "expand_v": 1.5, "heads": 3, "gate_rank": 5}),
+    ("gl", 64, {"head_dim": 16, "gate_rank": 5}),
+    ("r7", 32, {"head_dim": 8}),
+    ("hg", 32, {"head_dim": 16}),
+    ("f", 32, {"multiple_of": 8}),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "hidden", "options"), CASES, ids=[case[0] for case in CASES])
+def test_fused_layers_agree_with_the_reference(kind, hidden, options, monkeypatch):
+    without_library(monkeypatch)
+    found = self_check.agreement(OPERATORS[kind].model_validate(options), hidden, torch.device("cpu"), 10)
+    assert found.sound, found.errors
+
+
+@interpreted
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "hidden", "options"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("length", [2, 9])
+def test_fused_prefill_leaves_the_state_of_the_reference(kind, hidden, options, length, monkeypatch):
+    without_library(monkeypatch)
+    layer = LAYERS[kind](OPERATORS[kind].model_validate(options), hidden)
+    layer.init_weights(torch.Generator().manual_seed(0), 0.1)
+    x, cpu = draw(2, length, hidden, seed=1), torch.device("cpu")
+    states = []
+    for path in ("torch", "fla"):
+        layer.path = path
+        states.append(layer.allocate_state(2, 12, cpu, torch.float32))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer.prefill(x, states[-1])
+    for name, expected in states[0].items():
+        torch.testing.assert_close(states[1][name], expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))

@@ -1,0 +1,124 @@
+"""What is refused before training starts: libraries, devices, types, options, and kernels that fail their check."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from archsearch.architecture import make_architecture
+from archsearch.errors import ConfigError, EnvironmentUnfit, InvalidArchitecture
+from archsearch.evaluation import Outcome
+from archsearch.model import fla_library, self_check, training_path
+from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.model.self_check import Agreement, WrongKernels
+from archsearch.worker import classify
+
+CUDA = torch.device("cuda")
+
+
+def model_of(**options: int) -> HybridLM:
+    operators = [{"kind": "a", **options}, {"kind": "d", "head_dim": 16}, {"kind": "f", "ratio": 2}]
+    return build_model(make_architecture(hidden_size=64, vocab_size=32, operators=operators))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that looks fit: what is missing is taken away by the tests."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
+    monkeypatch.setattr(training_path, "compile_ahead", lambda operators: None)
+    monkeypatch.setattr(self_check, "agreement", lambda *args: Agreement({"output": 0.01}))
+
+
+def prepared(model: HybridLM, dtype: torch.dtype = torch.bfloat16) -> HybridLM:
+    return training_path.prepare(model, "auto", CUDA, dtype)
+
+
+def test_a_fit_machine_trains_every_kind_through_its_kernels(hopper):
+    model = prepared(model_of(head_dim=16))
+    assert model.paths() == {"a": "SDPA flash", "d": "fla chunk_delta_rule", "f": "Triton SwiGLU"}
+
+
+def test_auto_is_the_reference_on_a_cpu_and_the_kernels_are_refused_there():
+    cpu = torch.device("cpu")
+    model = training_path.prepare(model_of(head_dim=16), "auto", cpu, torch.float32)
+    assert set(model.paths().values()) == {"torch"}
+    with pytest.raises(EnvironmentUnfit, match="do not run on cpu"):
+        training_path.prepare(model, "fla", cpu, torch.bfloat16)
+
+
+def test_fp32_is_refused_by_name(hopper):
+    with pytest.raises(ConfigError, match=r"proxy.dtype: .* bfloat16, not float32") as error:
+        prepared(model_of(head_dim=16), torch.float32)
+    assert "proxy.kernels=torch" in error.value.remedy
+
+
+def test_a_head_dim_that_flash_kernels_do_not_take_is_refused_by_name(hopper):
+    with pytest.raises(InvalidArchitecture, match="operator a: head_dim 12 is no multiple of 8") as error:
+        prepared(model_of(head_dim=12, heads=4))
+    assert "8, 16, 24" in error.value.remedy
+
+
+def test_an_old_gpu_is_refused(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(EnvironmentUnfit, match="older than Ampere") as error:
+        prepared(model_of(head_dim=16))
+    assert "8.0" in error.value.remedy
+
+
+@pytest.mark.parametrize("missing", ["fla", "triton"])
+def test_a_missing_library_is_named(hopper, monkeypatch, missing):
+    monkeypatch.setattr(fla_library.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(EnvironmentUnfit, match="training on a GPU needs") as error:
+        prepared(model_of(head_dim=16))
+    assert "archsearch[cuda]" in error.value.remedy
+
+
+@pytest.mark.parametrize("found", [{"output": 0.01, "q_proj.weight": 0.7}, {"output": math.nan, "input": 0.01}])
+def test_a_kernel_that_is_off_makes_the_candidate_invalid(hopper, monkeypatch, found):
+    monkeypatch.setattr(self_check, "agreement", lambda *args: Agreement(found))
+    monkeypatch.setattr(self_check, "miscompiles", lambda device: True)
+    model = model_of(head_dim=16)
+    with pytest.raises(WrongKernels, match=r"operator a .* at width 64 are off by") as error:
+        prepared(model)
+    assert "known to miscompile" in error.value.cause
+    assert classify(error.value) is Outcome.INVALID_MEASUREMENT
+    assert set(model.paths().values()) == {"torch"}
+
+
+def test_a_kernel_that_does_not_run_makes_the_candidate_invalid(hopper, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(self_check, "agreement", broken)
+    with pytest.raises(WrongKernels, match=r"do not run: RuntimeError: no kernel image$"):
+        prepared(model_of(head_dim=16))
+
+
+def test_out_of_memory_in_a_check_is_out_of_memory(hopper, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(self_check, "agreement", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        prepared(model_of(head_dim=16))
+
+
+def test_agreement_names_the_worst():
+    found = Agreement({"output": 0.01, "input": math.nan, "b_proj.weight": 0.5})
+    assert found.worst == "input"
+    assert not found.sound
+    assert Agreement({"output": 0.01}).sound
+
+
+def test_mamba_without_its_extension_is_refused_by_name(hopper, monkeypatch):
+    model = build_model(make_architecture(hidden_size=64, vocab_size=32, operators="m"))
+    monkeypatch.setattr("archsearch.model.layers.mamba.installed", lambda name: name == "mamba_ssm")
+    with pytest.raises(EnvironmentUnfit, match=r"operator m .* selective_scan_cuda cannot be imported") as error:
+        prepared(model)
+    assert "choose m2" in error.value.remedy
+    assert model.paths() == {"m": "torch"}
+    monkeypatch.setattr("archsearch.model.layers.mamba.installed", lambda name: True)
+    assert prepared(model).paths() == {"m": "mamba-ssm selective_scan_cuda"}
