@@ -45,7 +45,7 @@ class TrainingProgress:
 
 def train(architecture: Architecture, config: ProxyConfig, *, seed: int, device: str) -> dict[str, Any]:
     """Train the proxy of ``architecture``; the result as plain data."""
-    from archsearch.latency.device import resolve_device
+    from archsearch.latency.device import device_errors, resolve_device
     from archsearch.latency.lock import sharing
     from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
@@ -53,7 +53,7 @@ def train(architecture: Architecture, config: ProxyConfig, *, seed: int, device:
     where = resolve_device(device)
     progress = TrainingProgress(config.tokens)
     try:
-        with sharing(where) as give_way:
+        with device_errors(where), sharing(where) as give_way:
             progress.give_way = give_way
             result = train_proxy(architecture, config, seed=seed, device=where, on_progress=progress)
     finally:
