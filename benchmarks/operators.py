@@ -8,8 +8,9 @@ apart. Each row also says how far output and gradients are from the plain-torch 
     python benchmarks/operators.py --startup --json startup.json
 
 Kernels that both use run with the same shipped configurations; what else theirs use is tuned in full. The side
-``full`` tunes all of ours at each width, which takes minutes, to show what the shipped configurations cost. ``--startup`` times fresh processes, one a kind and all
-at once, to the end of their first step: with an empty cache, and again with what that left.
+``full`` tunes all of ours at each width, which takes minutes, to show what the shipped configurations cost.
+``--startup`` times fresh processes, one a kind and all at once, to the end of their first step: with an empty cache,
+and again with what that left.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ objective as it was after a share of the training. Without them ``--curves`` dra
 second objective and at random, so that curves cross, with noise at each rung. ``--budget`` is in full trainings.
 
 Rules: ``none``; ``clear P M``, the shipped one at confidence P once M have ended (``mute P M``: the sampler learns
-nothing from whom it stopped; ``robust P M``: a Theil-Sen line and the empirical quantile of its residuals); ``quota E``, which goes on with the best 1/E of a rung by non-domination rank, then crowding: asynchronous
-successive halving for several objectives as in Schmucker et al. 2021 (MO-ASHA), its stopping variant.
+nothing from whom it stopped; ``robust P M``: a Theil-Sen line and the empirical quantile of its residuals);
+``quota E``, which goes on with the best 1/E of a rung by non-domination rank, then crowding: asynchronous successive
+halving for several objectives as in Schmucker et al. 2021 (MO-ASHA), its stopping variant.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ from archsearch.files import to_json, write_atomic
 from archsearch.search.executors import InlineExecutor
 from archsearch.search.ledger import Ledger
 from archsearch.search.loop import Search
-from archsearch.search.pareto import crowding_distances, front, non_domination_ranks
+from archsearch.search.pareto import crowding_distances, front, hypervolume, non_domination_ranks
 from archsearch.search.rungs import Rungs
 from archsearch.stopping import LOSS, Line, StoppingRule, Verdict
-from benchmarks.search import NAMES, Table, TableSpace, load_table
+from benchmarks.tables import NAMES, Table, load_table
 
 WHOLE = 16_000
 """Tokens that stand for a full training; one step is 8."""
 SHARES = (1 / 16, 1 / 4)
-RULES = "none,clear 0.6 5,clear 0.8 5,clear 0.95 5,clear 0.8 10,robust 0.6 5,robust 0.8 5,mute 0.8 5,quota 2,quota 3,quota 4"
+RULES = (
+    "none,clear 0.6 5,clear 0.8 5,clear 0.95 5,clear 0.8 10,robust 0.6 5,robust 0.8 5,mute 0.8 5,"
+    "quota 2,quota 3,quota 4"
+)
 
 
 class Spent(BaseException):
@@ -163,7 +167,7 @@ class Job:
         table = load_table(self.table, self.objectives)
         rungs = self._table_rungs() if self.rungs else drawn_curves(table, self.curves)
         evaluator = CurveEvaluator(table, rungs, self.budget)
-        name, number, minimum = (self.rule.split() + ["", ""])[:3]
+        name, number, minimum = [*self.rule.split(), "", ""][:3]
         stopping = {"confidence": float(number)} if number and float(number) < 1 else {}
         stopping |= {"minimum": int(minimum)} if minimum else {}
         config = self._config(table, [] if name == "none" else [*rungs, WHOLE], stopping)
@@ -193,7 +197,7 @@ class Job:
         proxy = {"batch": 1, "context": 8, "tokens": WHOLE, "rungs": rungs}
         execution = {"executor": "inline", "min_free_bytes": 0}
         return RunConfig.model_validate(
-            {"space": TableSpace.of(table), "search": search, "proxy": proxy, "execution": execution}
+            {"space": table.space, "search": search, "proxy": proxy, "execution": execution}
         )
 
 
@@ -211,6 +215,11 @@ def drawn_curves(table: Table, seed: int) -> dict[int, np.ndarray]:
     }
 
 
+def _covered(table: Table, rows: list[int]) -> float:
+    """Hypervolume of some rows over that of the true front."""
+    return hypervolume(table.scaled[rows], np.ones(table.values.shape[1])) / table.whole
+
+
 def course(table: Table, done: list[tuple[float, int | None]]) -> list[tuple[float, float]]:
     members: list[int] = []
     covered, found = 0.0, []
@@ -218,7 +227,7 @@ def course(table: Table, done: list[tuple[float, int | None]]) -> list[tuple[flo
         if row is not None:
             rows = [*members, row]
             members = [rows[i] for i in front(table.scaled[rows])]
-            covered = table.covered(members) if row in members else covered
+            covered = _covered(table, members) if row in members else covered
         found.append((cost, covered))
     return found
 

@@ -10,7 +10,7 @@ import pytest
 
 from archsearch.evaluation import Outcome
 from benchmarks import stopping
-from benchmarks.search import load_table
+from benchmarks.tables import load_table
 
 
 @pytest.fixture
