@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
@@ -46,6 +47,7 @@ GOAL = 0.95
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no surrogate": {"surrogate": False},
+    "no descriptors": {"descriptors": False},
     "no design": {"design": False},
     "no ordinal": {"ordinal": False},
     "no adaptive": {"adaptive": False},
@@ -53,7 +55,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all guided": {"unguided": 0.0},
     "population only": {"front_parents": 0.0},
     "front only": {"front_parents": 1.0},
-    "64 candidates": {"candidates": 64},
     "plain": {"surrogate": False, "design": False, "ordinal": False, "adaptive": False},
 }
 
@@ -150,7 +151,9 @@ def summarize(label: str, curves: Sequence[list[float]], asks: Sequence[float], 
         "evaluations": evaluations,
         "at": {str(m): [float(padded[:, m - 1].mean()), float(spread[m - 1])] for m in MARKS if m <= evaluations},
         "evaluations_to_0.95": {"median": statistics.median(reached) if reached else None, "reached": len(reached)},
-        "ask_ms": statistics.median(asks),
+        "ask_ms": round(statistics.median(asks), 2),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
         "mean": padded.mean(axis=0).round(5).tolist(),
         "sd": spread.round(5).tolist(),
     }
@@ -196,7 +199,7 @@ def draw(results: Iterable[dict[str, Any]], title: str, path: Path) -> None:
 
 def new_record(task: Task) -> dict[str, Any]:
     """A record without results. Two records may be joined where all of this is equal."""
-    versions = {name: version(name) for name in ("optuna", "scikit-learn", "numpy")}
+    versions = {name: version(name) for name in ("optuna", "scikit-learn")}
     return {"schema_version": 2, "problem": task.name, "objectives": list(task.objectives), "versions": versions}
 
 

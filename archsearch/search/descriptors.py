@@ -47,8 +47,8 @@ class Descriptors:
         self._recent: dict[bytes, Floats] = {}
         if self._space is not None:
             sample = self._described(genes.random(np.random.default_rng(0), SAMPLE))
-            self._low, spans = sample.min(axis=0), np.ptp(sample, axis=0)
-            self._spans = np.where(spans > 0, spans, np.inf)
+            self._low, self._spans = sample.min(axis=0), np.ptp(sample, axis=0)
+            self._varied = self._spans > 0  # a space holds but some of the kinds
 
     def __call__(self, codes: Codes) -> Floats:
         """(rows, genes) to (rows, descriptors)."""
@@ -65,7 +65,8 @@ class Descriptors:
             choices = np.arange(self._genes.sizes[columns[0]])
             parts.append((codes[:, columns, None] == choices).mean(axis=1))
         if self._space is not None:
-            parts.append((self._described(codes) - self._low) / self._spans)
+            scaled = (self._described(codes) - self._low) / np.maximum(self._spans, 1e-12)
+            parts.append(scaled[:, self._varied])
         return np.concatenate(parts, axis=1)
 
     def _described(self, codes: Codes) -> Floats:

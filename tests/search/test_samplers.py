@@ -64,6 +64,19 @@ def test_the_papers_mode_aims_at_the_latency_limit() -> None:
     assert make_sampler(config)(0)._settings.latency_target == 0.2
 
 
+def test_each_part_of_ageing_evolution_is_a_setting_of_the_run() -> None:
+    off = {"design": False, "ordinal": False, "adaptive": False, "surrogate": False, "descriptors": False}
+    other = {"unguided": 0.5, "crossover": 0.0, "candidates": 8, "front_parents": 0.0, "max_tries": 9}
+    settings = make_sampler(make_config(aging=off | other))(0)._settings
+    assert {name: getattr(settings, name) for name in off | other} == off | other
+    config = make_config(evaluations=12, aging={**off, "population_size": 4})
+    ledger = Ledger(config)
+    Search(config, ledger, lambda: InlineExecutor(FakeEvaluator())).run()
+    kinds = [trial.user_attrs["lineage"]["kind"] for trial in ledger.trials]
+    assert "design" not in kinds
+    assert "crossover" not in kinds  # which only the surrogates' pool holds
+
+
 @pytest.mark.parametrize("name", ["aging", "tpe", "nsga2", "random"])
 def test_the_driver_never_imports_torch(name: str) -> None:
     code = (
