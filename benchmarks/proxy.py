@@ -255,12 +255,12 @@ def draw(path: Path, picture: Path) -> None:
 
     found = json.loads(path.read_text())
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
-    figure = Figure(figsize=(10, 2.6), dpi=120, layout="constrained")
-    for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    figure = Figure(figsize=(8, 0.4 + 2 * len(models)), dpi=120, layout="constrained")
+    for panel, model in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
         rows = [row for row in found["rows"] if row["model"] == model and "failed" not in row][::-1]
         names = [row["implementation"] for row in rows]
         bars = panel.barh(names, [row["tokens_per_s"] / 1e6 for row in rows])
-        panel.bar_label(bars, [f" {row['tokens_per_s'] / 1e6:.2f}" for row in rows])
+        panel.bar_label(bars, [f" {row['tokens_per_s'] / 1e6:.3f}" for row in rows])
         for bar, name in zip(bars, names, strict=True):
             bar.set_color("#0b6e99" if name.startswith("archsearch") else "#b0b0b0")
         panel.set(title=f"{model}, {rows[0]['parameters'] / 1e6:.0f} M parameters", xlabel="million tokens a second")

@@ -36,7 +36,7 @@ class _AddNorm(torch.autograd.Function):
         sizes = _sizes(weight)
         rows = x.numel() // len(weight)
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        _forward[grid](x, added, weight, total, normed, rows, eps, **sizes)
+        _add_norm[grid](x, added, weight, total, normed, rows, eps, **sizes)
         ctx.save_for_backward(total, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -54,7 +54,7 @@ class _AddNorm(torch.autograd.Function):
         steps = triton.cdiv(rows, sizes["ROWS"] * programs)
         partial = total.new_empty(programs, len(weight), dtype=torch.float32)
         beside = total if d_total is None else d_total.contiguous()
-        _backward[(programs,)](
+        _add_norm_backward[(programs,)](
             total, weight, d_normed.contiguous(), beside, dx, partial, rows, steps, ctx.eps,
             PASSED=d_total is not None, **sizes,
         )  # fmt: skip
@@ -67,7 +67,7 @@ def _sizes(weight: Tensor) -> dict[str, int]:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward(
+def _add_norm(
     x, added, weight, total, normed, rows, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -86,7 +86,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
-def _backward(
+def _add_norm_backward(
     total, weight, grad, beside, dx, partial, rows, steps, eps, PASSED: tl.constexpr,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
