@@ -35,7 +35,15 @@ def parse_operator(data: Any) -> OperatorConfig:
     kind = options.pop("kind")
     if kind not in OPERATORS:
         raise ValueError(f"unknown operator {kind!r}; {did_you_mean(kind, OPERATORS)}")
-    return OPERATORS[kind].model_validate(options)
+    try:
+        return OPERATORS[kind].model_validate(options)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        option = "".join(f"{part}: " for part in problem["loc"])
+        plain = problem["type"] != "value_error" and not isinstance(problem["input"], Mapping)
+        found = f" (found {problem['input']!r})" if plain else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"operator {kind}: {option}{message}{found}") from None
 
 
 def dump_operator(operator: OperatorConfig) -> dict[str, Any]:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from archsearch.model.hybrid import HybridLM
+    from archsearch.proxy.result import ProxyResult
     from archsearch.proxy.rungs import Judge
-    from archsearch.proxy.trainer import ProxyResult
 
 EPOCHS = 4
 """Up to here repeated text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -181,8 +181,8 @@ def classify(error: Exception) -> Outcome:
     from archsearch.latency.device import DoesNotFit
     from archsearch.latency.validity import InvalidMeasurement
     from archsearch.model.self_check import WrongKernels
+    from archsearch.proxy.result import NonFiniteLoss
     from archsearch.proxy.rungs import Stopped
-    from archsearch.proxy.trainer import NonFiniteLoss
 
     outcomes: list[tuple[type[Exception], Outcome]] = [
         (Stopped, Outcome.STOPPED),

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from archsearch.config import ProxyConfig
-from archsearch.proxy import windows as feeding
+from archsearch.proxy import feed as feeding
 from archsearch.proxy.corpus import write_corpus
 from archsearch.proxy.data import Corpus, Windows, feed, load_corpus
 from archsearch.proxy.sources import open_source

@@ -7,8 +7,8 @@ apart. Each row also says how far output and gradients are from the plain-torch 
     python benchmarks/operators.py --json operators.json
     python benchmarks/operators.py --startup --json startup.json
 
-Their kernels are tuned in full by Triton, which takes minutes at each width; the side ``full`` does the same
-to ours, to show what the shipped configurations cost. ``--startup`` times fresh processes, one a kind and all
+Kernels that both use run with the same shipped configurations; what else theirs use is tuned in full. The side
+``full`` tunes all of ours at each width, which takes minutes, to show what the shipped configurations cost. ``--startup`` times fresh processes, one a kind and all
 at once, to the end of their first step: with an empty cache, and again with what that left.
 """
 
@@ -107,12 +107,22 @@ def theirs(kind: str, hidden: int) -> torch.nn.Module | None:
     import fla.layers
     from fla.modules.mlp import GatedMLP
 
+    from archsearch.model import tuned
+
+    tuned.install()
+
     heads = hidden // 128
     if kind == "d":
         return fla.layers.DeltaNet(hidden_size=hidden, num_heads=heads, norm_eps=1e-6).cuda()
     if kind == "gd":
         layer = fla.layers.GatedDeltaNet(hidden_size=hidden, head_dim=128, num_heads=heads, expand_v=1, norm_eps=1e-6)
         return layer.cuda()
+    if kind == "kda":
+        return fla.layers.KimiDeltaAttention(hidden_size=hidden, num_heads=heads, norm_eps=1e-6).cuda()
+    if kind == "r7":
+        return fla.layers.RWKV7Attention(hidden_size=hidden, layer_idx=0, num_hidden_layers=24).cuda()
+    if kind == "hg":
+        return fla.layers.HGRN2Attention(hidden_size=hidden, norm_eps=1e-6).cuda()
     if kind == "gl":
         return fla.layers.GatedLinearAttention(hidden_size=hidden, num_heads=hidden // 256, norm_eps=1e-6).cuda()
     if kind == "f":
@@ -230,6 +240,22 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def imports() -> dict[str, float]:
+    """Seconds that fresh processes with torch take to import the library's layers, and what we use of it."""
+    ours_alone = """
+from archsearch.model.fla_library import load
+for name in ("gla", "delta_rule", "gated_delta_rule", "simple_gla"):
+    load(f"fla.ops.{name}.chunk")
+"""
+    found = {}
+    for name, code in (("fla.layers", "import fla.layers"), ("the operators that we use", ours_alone)):
+        timing = f"import time, torch\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
+        command = [sys.executable, "-W", "ignore", "-c", timing]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = float(done.stdout.splitlines()[-1])
+    return found
+
+
 def startup_one(kind: str, hidden: int) -> dict[str, Any]:
     """In a fresh process: seconds until torch and archsearch are imported, and until the first step is done."""
     start = time.perf_counter()
@@ -246,7 +272,8 @@ def startup_one(kind: str, hidden: int) -> dict[str, Any]:
 
 def startup(kinds: list[str], hidden: int) -> dict[str, Any]:
     """All kinds at once in fresh processes, on an empty cache, then on the one that this left."""
-    found: dict[str, Any] = {"hidden": hidden}
+    found: dict[str, Any] = {"hidden": hidden, "imports_s": imports()}
+    print("imports after torch: " + ", ".join(f"{name} {value:.1f} s" for name, value in found["imports_s"].items()))
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
         for state in ("cold", "warm"):

@@ -23,15 +23,15 @@ from archsearch.architecture import make_architecture
 from archsearch.config import ProxyConfig
 from archsearch.files import Document, parse_yaml, to_json, validate, write_atomic
 
-HYBRIDS = ["a f a f", "m2 f a f", "d f a f", "gd f a f", "m2 f m2 f", "d f d f", "gd f gd f", "gl f gl f", "w f w f"]
-HEAD = 32
+HYBRIDS = ["a f a f", "m2 f a f", "d f a f", "w f a f", "m2 f m2 f", "d f d f", "gd f gd f", "w f w f"]
+HEAD = 16
 OPTIONS: dict[str, dict[str, Any]] = {
     "a": {"head_dim": HEAD},
-    "w": {"head_dim": HEAD, "window": 32},
+    "w": {"head_dim": HEAD, "window": 16},
     "d": {"head_dim": HEAD},
     "gd": {"head_dim": HEAD},
     "gl": {"head_dim": HEAD},
-    "m2": {"head_dim": HEAD, "state": HEAD},
+    "m2": {"head_dim": 32, "state": HEAD},
     "f": {"ratio": 2, "multiple_of": 32},
 }
 """Small states, so that a linear mixer's memory ends within the numbers of pairs that train in minutes."""

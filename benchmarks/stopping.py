@@ -9,8 +9,8 @@ objective as it was after a share of the training. Without them ``--curves`` dra
 (1/16, 1/4 and all of the training): a power law down to the table's value, whose height and exponent vary with the
 second objective and at random, so that curves cross, with noise at each rung. ``--budget`` is in full trainings.
 
-Rules: ``none``; ``clear P``, the shipped one at confidence P (``mute P``: the sampler learns nothing from whom it
-stopped); ``quota E``, which goes on with the best 1/E of a rung by non-domination rank, then crowding: asynchronous
+Rules: ``none``; ``clear P M``, the shipped one at confidence P once M have ended (``mute P M``: the sampler learns
+nothing from whom it stopped; ``robust P M``: a Theil-Sen line and the empirical quantile of its residuals); ``quota E``, which goes on with the best 1/E of a rung by non-domination rank, then crowding: asynchronous
 successive halving for several objectives as in Schmucker et al. 2021 (MO-ASHA), its stopping variant.
 """
 
@@ -45,7 +45,7 @@ from benchmarks.search import NAMES, Table, TableSpace, load_table
 WHOLE = 16_000
 """Tokens that stand for a full training; one step is 8."""
 SHARES = (1 / 16, 1 / 4)
-RULES = "none,clear 0.8,clear 0.9,clear 0.95,clear 0.99,mute 0.95,quota 2,quota 3,quota 4"
+RULES = "none,clear 0.6 5,clear 0.8 5,clear 0.95 5,clear 0.8 10,robust 0.6 5,robust 0.8 5,mute 0.8 5,quota 2,quota 3,quota 4"
 
 
 class Spent(BaseException):
@@ -163,8 +163,10 @@ class Job:
         table = load_table(self.table, self.objectives)
         rungs = self._table_rungs() if self.rungs else drawn_curves(table, self.curves)
         evaluator = CurveEvaluator(table, rungs, self.budget)
-        name, _, number = self.rule.partition(" ")
-        config = self._config(table, [] if name == "none" else [*rungs, WHOLE], number)
+        name, number, minimum = (self.rule.split() + ["", ""])[:3]
+        stopping = {"confidence": float(number)} if number and float(number) < 1 else {}
+        stopping |= {"minimum": int(minimum)} if minimum else {}
+        config = self._config(table, [] if name == "none" else [*rungs, WHOLE], stopping)
         search = Search(config, Ledger(config), lambda: InlineExecutor(evaluator))
         if name == "quota":
             search._rungs = QuotaRungs(config, float(number))
@@ -181,8 +183,7 @@ class Job:
         frame = pd.read_csv(self.table)
         return {int(share * WHOLE): frame[column].to_numpy(dtype=np.float64) for column, share in self.rungs}
 
-    def _config(self, table: Table, rungs: list[int], number: str) -> RunConfig:
-        stopping = {"confidence": float(number)} if number and float(number) < 1 else {}
+    def _config(self, table: Table, rungs: list[int], stopping: dict[str, Any]) -> RunConfig:
         search = {
             "seed": self.seed,
             "evaluations": len(table.rows),

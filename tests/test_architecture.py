@@ -8,7 +8,7 @@ import pytest
 
 from archsearch.architecture import Architecture, load_architecture, make_architecture, reference_names
 from archsearch.errors import ConfigError, InvalidArchitecture
-from archsearch.operators import OPERATORS
+from archsearch.operators import OPERATORS, RWKV7
 
 STUDY = {"vocab_size": 32000, "tie_embeddings": False, "options": {"m2": {"state": 16}}}
 
@@ -128,3 +128,29 @@ def test_attention_sees_a_triangle_and_a_window() -> None:
     full, window = OPERATORS["a"](), OPERATORS["w"](window=4)
     assert full.mixing_flops(128, 3) == 4 * 128 * (1 + 2 + 3) / 3
     assert window.mixing_flops(128, 6) == 4 * 128 * (1 + 2 + 3 + 4 + 4 + 4) / 6
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [
+        ({"kind": "kda", "head_dim": 48}, r"kda.*head_dim must divide hidden_size: 48 does not divide 64"),
+        ({"kind": "kda", "head_dim": 512}, r"kda: head_dim: .*less than or equal to 256 \(found 512\)"),
+        ({"kind": "kda", "head_dim": 16, "expand_v": 1.3}, r"kda.*expand_v: 16 x 1.3 is not a whole number"),
+        ({"kind": "kda", "head_dim": 16, "gate_rank": 0}, r"kda: gate_rank: .*greater than or equal to 1"),
+        ({"kind": "r7", "head_dim": 256}, r"r7: head_dim: .*less than or equal to 128 \(found 256\)"),
+        ({"kind": "r7", "value_residual": True}, r"r7: value_residual: .*leave value_residual false$"),
+        ({"kind": "m", "expand": 0.3}, r"m.*expand: 64 x 0.3 is not a whole number"),
+        ({"kind": "m", "head_dim": 64}, r"m: unknown key 'head_dim'; known: .*dt_rank"),
+        ({"kind": "hg", "expand_ratio": 64}, "hg: unknown key 'expand_ratio'; known: head_dim"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_name(operator, message):
+    with pytest.raises(InvalidArchitecture, match=message):
+        make_architecture(hidden_size=64, vocab_size=32, operators=[operator])
+
+
+def test_the_published_ranks_are_the_default():
+    ranks = RWKV7().ranks(2048)
+    assert ranks == (128, 128, 224)
+    same = make_architecture(hidden_size=2048, vocab_size=32, operators=[{"kind": "r7", "gate_rank": 224}])
+    assert same.id == make_architecture(hidden_size=2048, vocab_size=32, operators="r7").id

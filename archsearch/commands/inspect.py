@@ -219,4 +219,5 @@ def print_trial(candidate: Candidate) -> None:
             text = ", ".join(f"{k} {v}" for k, v in parts if v not in (None, [])) or str(value)
             console.print(f"[bold]{name.replace('_', ' '):<14}[/] {safe(text)}", soft_wrap=True)
     for line in evaluation.error.splitlines() if evaluation else []:
-        console.print(f"[red]{safe(line)}[/]", soft_wrap=True)
+        color = "red" if evaluation and evaluation.outcome.is_failure else "yellow"
+        console.print(f"[{color}]{safe(line)}[/]", soft_wrap=True)

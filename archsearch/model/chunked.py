@@ -91,13 +91,14 @@ def dplr_chunked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: T
     total = decay.cumsum(-2)
     # ``a`` reads the memory as it is before its own token decays it
     earlier, last = F.pad(total[..., :-1, :], (0, 0, 1, 0)), total[..., -1:, :]
-    overlap, read = (_decayed_scores(a, t, earlier, total).tril(-1) for t in (b, k))
+    written = torch.stack([b, k])
+    overlap, read = _decayed_scores(a, written, earlier, total).tril(-1)
     right = torch.cat([read @ v, -a * earlier.exp()], -1)
     solved = torch.linalg.solve_triangular(-overlap, right, upper=False, unitriangular=True)
     values, keys = solved.split([v.shape[-1], k.shape[-1]], -1)
     to_end = (last - total).exp()
     before, removed, state = _correct(values, keys, (b * to_end).mT, last.exp().mT, (k * to_end).mT @ v)
-    within = _decayed_scores(q, b, total, total) @ removed + _decayed_scores(q, k, total, total) @ v
+    within = (_decayed_scores(q, written, total, total) @ torch.stack([removed, v])).sum(0)
     return _join((q * total.exp()) @ before + within, length), state.mT
 
 

@@ -16,9 +16,10 @@ from archsearch.config import ProxyConfig, split_data
 from archsearch.errors import ConfigError
 from archsearch.proxy import cache
 from archsearch.proxy.corpus import Corpus, read_corpus, write_corpus
+from archsearch.proxy.feed import feed
 from archsearch.proxy.sources import open_source
 from archsearch.proxy.tokenizer import BPE_BYTES, TextTokenizer, find_tokenizer
-from archsearch.proxy.windows import Windows, feed, validation_windows
+from archsearch.proxy.windows import Windows, validation_windows
 
 __all__ = ["Corpus", "Windows", "feed", "load_corpus", "validation_windows"]
 

@@ -19,7 +19,7 @@ from archsearch.search.pareto import crowding_distances, non_domination_ranks
 Lineage = dict[str, Any]
 FRESH = 0.1  # share of a pool that has no parent
 ONE_MORE = 0.5  # probability that a pool's offspring differs in one more gene
-CROWD = 256  # running trials that take a share of the candidates away
+CROWD = 128  # running trials that take a share of the candidates away
 FEWEST_CANDIDATES = 32
 RECENT = 2000  # mutations that rates are taken from
 PRIOR = 4.0  # mutations of a gene that its rate starts from

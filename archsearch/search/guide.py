@@ -16,6 +16,7 @@ from archsearch.search.surrogate import Surrogate
 
 MOST_ROWS = 300  # results that a prediction is conditioned on
 MOST_PENDING = 256
+PENDING_BATCHES = 64  # of running trials whose objectives are expected together
 REFIT_GROWTH = 250  # results after which the models are refitted one result later
 REFIT_RUNNING = 8  # the same for trials that run
 MARGIN = 0.1  # of the reference point beyond the worst result, as a fraction of the range
@@ -72,9 +73,9 @@ class Guide:
         """The finished rows to learn from; many are taken in at once where many are known or many run."""
         rows = history.learned
         wanted = 1 + len(rows) // REFIT_GROWTH + int(history.running.sum()) // REFIT_RUNNING
-        # A power of two: as the number of running trials goes up and down, the same rows are learned from.
-        stride = 1 << (wanted.bit_length() - 1)
-        return rows[: max(len(rows) - len(rows) % stride, min(len(rows), stride))]
+        # Powers of two: as the number of running trials goes up and down, the same rows are learned from.
+        stride = _power_of_two(wanted)
+        return rows[: len(rows) - len(rows) % stride or _power_of_two(len(rows))]
 
     def _fit(self, name: str, history: History, rows: Codes, values: Floats) -> Surrogate:
         model = self._models.setdefault(name, Surrogate(self._genes, self.descriptors))
@@ -96,7 +97,10 @@ class Guide:
 
     def _pending(self, history: History, done: Codes) -> Floats:
         """What running trials are expected to give, so that their like is not proposed again beside them."""
-        rows = np.flatnonzero(history.running)[-MOST_PENDING:]
+        rows = np.flatnonzero(history.running)
+        # The more run, the less the newest few matter; predicting them together saves most of the time.
+        batch = _power_of_two(1 + len(rows) // PENDING_BATCHES)
+        rows = rows[rows < len(history.numbers) - len(history.numbers) % batch][-MOST_PENDING:]
         columns = [self._expect(str(k), history, done, v, rows) for k, v in enumerate(history.values[done].T)]
         return np.stack(columns, axis=1)
 
@@ -105,7 +109,7 @@ class Guide:
         model, expected = self._fit(name, history, done, values), self._expected[name]
         new = [row for row in rows.tolist() if row not in expected]
         if new:
-            expected.update(zip(new, model.predict(history.codes[new])[0].tolist(), strict=True))
+            expected.update(zip(new, model.expect(history.codes[new]).tolist(), strict=True))
         return np.array([expected[row] for row in rows.tolist()])
 
     def _feasibility(self, history: History, done: Codes, candidates: Codes) -> Floats:
@@ -117,6 +121,11 @@ class Guide:
                 mean, std = self._fit(f"constraint {index}", history, rows, column[rows]).predict(candidates)
                 probability *= ndtr(-mean / np.maximum(std, 1e-12))
         return probability
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above ``number``."""
+    return 1 << (number.bit_length() - 1)
 
 
 def _conditioning(values: Floats) -> Codes:

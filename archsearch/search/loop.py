@@ -87,6 +87,7 @@ class Search:
         self._interrupts = Interrupts(config.execution.grace)
         self._queue: deque[int] = deque()
         self._in_flight: dict[int, Architecture] = {}
+        self._evaluating: dict[str, int] = {}
         self._copies: dict[int, list[int]] = {}
         self._attempts: Counter[tuple[int, Outcome]] = Counter()
         self._rejected = 0
@@ -202,8 +203,7 @@ class Search:
 
     def _number_of(self, architecture_id: str) -> int | None:
         """The trial that evaluates or evaluated an architecture."""
-        running = {architecture.id: number for number, architecture in self._in_flight.items()}
-        return self._standing.known.get(architecture_id, running.get(architecture_id))
+        return self._standing.known.get(architecture_id, self._evaluating.get(architecture_id))
 
     def _copy(self, number: int, attributes: dict[str, Any], original: int) -> None:
         """Enter a proposal whose architecture is known: it shares the result and costs nothing."""
@@ -213,6 +213,7 @@ class Search:
             self._copies.setdefault(original, []).append(number)
 
     def _submit(self, executor: Executor, number: int, architecture: Architecture) -> None:
+        self._evaluating[architecture.id] = number
         self._in_flight[number] = architecture
         executor.submit(number, architecture, self._config.search.seed, self._rungs.rule())
 
@@ -226,7 +227,7 @@ class Search:
     def _settle(self, executor: Executor, number: int, evaluation: Evaluation) -> None:
         """Take back what a worker returned: try it again, or commit it."""
         evaluation = self._checked(evaluation)
-        self._in_flight.pop(number)
+        del self._evaluating[self._in_flight.pop(number).id]
         self._attempts[number, evaluation.outcome] += 1
         limit = evaluation.outcome.max_attempts
         ended = limit is not None and self._attempts[number, evaluation.outcome] >= limit

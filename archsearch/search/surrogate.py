@@ -176,6 +176,12 @@ class Surrogate:
             mean, std = self._process.predict(self._points(codes), return_std=True)
         return self._warp.invert(mean, std)
 
+    def expect(self, codes: Codes) -> Floats:
+        """The means of ``predict`` alone, in a fraction of its time, (rows,)."""
+        with config_context(assume_finite=True):
+            mean = self._process.predict(self._points(codes))
+        return self._warp.invert(mean, np.zeros(len(mean)))[0]
+
     def _points(self, codes: Codes) -> Floats:
         count = len(self._genes.sizes)
         described = self._descriptors(codes) * self._scales[count:]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from archsearch.proxy import windows as feeding
-from archsearch.proxy.windows import Windows, feed
+from archsearch.proxy import feed as feeding
+from archsearch.proxy.feed import feed
+from archsearch.proxy.windows import Windows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archsearch.model import fla_ops, self_check
-from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, ssd_chunked
+from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, selective_scan_chunked, ssd_chunked
 from archsearch.model.fused import convolution, decay, heads, norm, swiglu
 from archsearch.model.layers import LAYERS
 from archsearch.model.layers.attention import windowed_attention
@@ -143,6 +143,14 @@ def without_library(monkeypatch) -> None:
         o, state = ssd_chunked(c, b, x * dt[..., None], dt * rate)
         return (o + skip[:, None] * x).to(x.dtype), state
 
+    def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):  # noqa: N803
+        """As mamba-ssm documents it: channels before time."""
+        assert delta_softplus
+        dt = F.softplus(delta.float() + delta_bias[:, None])
+        o, state = selective_scan_chunked(C.mT, B.mT, u.mT, dt.mT, A)
+        o = ((o.mT + D[:, None] * u) * F.silu(z)).to(u.dtype)
+        return (o, state) if return_last_state else o
+
     def attention(q, k, v):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -156,6 +164,7 @@ def without_library(monkeypatch) -> None:
     monkeypatch.setattr(fla_ops, "rwkv7", lambda *args, keep: halved(dplr_chunked(*args[:-1])))
     monkeypatch.setattr(fla_ops, "gla", lambda *args, keep: halved(gla_chunked(*args)))
     monkeypatch.setattr(fla_ops, "ssd", ssd)
+    monkeypatch.setattr(fla_ops, "operator", lambda path: selective_scan_fn)
     monkeypatch.setattr(fla_ops, "attention", attention)
     monkeypatch.setattr(fla_ops, "windowed_attention", windowed)
 
@@ -167,6 +176,7 @@ def halved(mixed):
 CASES = [
     ("a", 32, {"head_dim": 8, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}),
     ("w", 32, {"head_dim": 16, "window": 5}),
+    ("m", 32, {"state": 8}),
     ("m2", 32, {"head_dim": 8, "state": 16, "groups": 2}),
     ("d", 32, {"head_dim": 8, "heads": 3, "conv": 3}),
     ("gd", 32, {"head_dim": 8, "expand_v": 1.5, "heads": 3}),

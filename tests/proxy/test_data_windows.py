@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archsearch.proxy.windows import Windows, feed, permute, validation_windows
+from archsearch.proxy.feed import feed
+from archsearch.proxy.windows import Windows, permute, validation_windows
 
 
 @settings(deadline=None)

@@ -11,7 +11,7 @@ from archsearch.architecture import make_architecture
 from archsearch.config import ProxyConfig, RecallConfig
 from archsearch.proxy import recall
 from archsearch.proxy.recall import FILLER, IGNORED, measure_recall, sequences
-from archsearch.proxy.trainer import NonFiniteLoss
+from archsearch.proxy.result import NonFiniteLoss
 
 TINY = {"context": 16, "pairs": [1, 2], "vocab_size": 8, "tokens": 1024, "batch": 8, "test_sequences": 16}
 MODEL = make_architecture(hidden_size=32, vocab_size=256, operators="a a", options={"a": {"head_dim": 16}})

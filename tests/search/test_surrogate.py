@@ -35,6 +35,7 @@ def test_predicts_additive_and_pairwise_effects_with_uncertainty() -> None:
     assert error.mean() < 0.3 * np.abs(_truth(new) - _truth(known).mean()).mean()
     assert np.mean(error < 3 * std) > 0.9
     assert model.predict(known)[1].mean() < std.mean()
+    np.testing.assert_allclose(model.expect(new), mean)
 
 
 def test_a_fresh_model_predicts_the_same_as_one_that_learned_in_steps() -> None:
