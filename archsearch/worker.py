@@ -253,9 +253,10 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
 
 def _recall(record: _Record, config: RunConfig, device: torch.device) -> None:
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.recall import measure_recall
 
-    with record.phase("recall"):
+    with record.phase("recall"), sharing(device):  # short enough for measurements to wait
         found = measure_recall(record.architecture, config.proxy, seed=record.seed, device=device)
     record.objectives["recall"] = found.error
     record.metrics["recall"] = found.summary()

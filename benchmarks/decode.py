@@ -178,7 +178,7 @@ def generate_ms(architecture: Architecture) -> float:
     options = {"do_sample": False, "cache_implementation": "static", "eos_token_id": None, "pad_token_id": 0}
     taken = []
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(4):
             torch.cuda.synchronize()
             begun = time.perf_counter()
             out = model.generate(prompt, max_new_tokens=GENERATED, min_new_tokens=GENERATED, **options)
@@ -207,7 +207,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU")
     options.out.mkdir(parents=True, exist_ok=True)
-    path, config = options.out / "decode.json", LatencyConfig(others=options.others)
+    path, config = options.out / "decode.json", LatencyConfig(others=options.others, repeats=2)
     for part in options.parts:
         begun = time.perf_counter()
         with torch.inference_mode(part != "transformers"):  # its compiler has trouble with that mode
