@@ -17,7 +17,7 @@ from archsearch.schema import parse_quantity
 from archsearch.validity.agreement import Estimate
 from archsearch.validity.plan import make_plan
 from archsearch.validity.study import LONG, Analysis, run_validity
-from archsearch.worker import ProxyEvaluator
+from archsearch.worker import ProxyEvaluator, prepare_data
 
 
 def start(
@@ -52,6 +52,7 @@ def start(
         short=None if short is None else _tokens("--short", short),
         seeds=seeds,
     )
+    prepare_data(config)
     path = out or Path("experiments") / f"{config.space.name}-validity-{datetime.now():%Y%m%d-%H%M%S}"
     say(
         f"study folder: {path}; {architectures} architectures, {plan.short:,} tokens with {seeds} seeds, "
