@@ -15,8 +15,9 @@ from archsearch.errors import UsageError
 from archsearch.evaluation import Evaluator
 from archsearch.schema import parse_quantity
 from archsearch.validity.agreement import Estimate
+from archsearch.validity.analysis import LONG, Analysis
 from archsearch.validity.plan import make_plan
-from archsearch.validity.study import LONG, Analysis, run_validity
+from archsearch.validity.study import run_validity
 from archsearch.worker import ProxyEvaluator, prepare_data
 
 
