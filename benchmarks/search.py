@@ -230,8 +230,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     task = make_task(options)
     labels = list(VARIANTS) if options.ablation else [name for name in options.algorithms.split(",") if name]
     cheap = tuple(options.cheap.split(",")) if options.cheap else ()
-    if unknown := [name for name in labels if name not in ALGORITHMS and not options.ablation]:
-        raise ConfigError(f"unknown algorithm {unknown[0]!r}", f"choose among {', '.join(ALGORITHMS)}")
+    if unknown := [name for name in labels if name not in (*ALGORITHMS, *VARIANTS)]:
+        choices = ", ".join((*ALGORITHMS, *VARIANTS))
+        raise ConfigError(f"unknown algorithm {unknown[0]!r}", f"choose among {choices}")
     if set(cheap) - set(task.objectives):
         raise ConfigError(f"--cheap {options.cheap} is no objective", "name one of --objectives")
     if min(options.evaluations, options.seeds, options.jobs) < 1:
@@ -278,7 +279,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formula", choices=sorted(FORMULAS), help="an invented 26-gene space instead of a table")
     parser.add_argument("--objectives", default="", help="columns, all minimised, separated by commas")
     parser.add_argument("--genes", default="", help="gene columns or patterns; default: the first columns")
-    parser.add_argument("--algorithms", default=",".join(ALGORITHMS), help="may be empty, to join records only")
+    parser.add_argument(
+        "--algorithms", default=",".join(ALGORITHMS), help="or variants of --ablation; empty: join records only"
+    )
     parser.add_argument("--evaluations", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)

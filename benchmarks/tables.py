@@ -54,6 +54,10 @@ class Table:
         """Hypervolume of the true front, objectives scaled, to the reference point (1, 1)."""
         return hypervolume(self.scaled, np.ones(self.values.shape[1]))
 
+    def covered(self, rows: Sequence[int]) -> float:
+        """Hypervolume of some rows over that of the true front."""
+        return hypervolume(self.scaled[list(rows)], np.ones(self.values.shape[1])) / self.whole
+
 
 @lru_cache(maxsize=1)
 def load_table(path: str, objectives: tuple[str, ...], patterns: tuple[str, ...] = ()) -> Table:
