@@ -206,6 +206,7 @@ class Run:
         """
         from archsearch.search.replicates import replicate_front
 
+        prepare_data(self.config)
         front = self.results().front
         return replicate_front(
             self.folder, front, count, lambda config: ProxyEvaluator(config), on_progress=on_progress

@@ -44,8 +44,8 @@ class AgingConfig(Frozen):
 class StoppingConfig(Frozen):
     """Early stopping at the rungs of ``proxy.rungs``; without rungs nothing is stopped."""
 
-    minimum: int = Field(10, ge=4, description="candidates trained to the end before any is stopped")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="that a stopped one would have ended dominated")
+    minimum: int = Field(5, ge=4, description="candidates trained to the end before any is stopped")
+    confidence: float = Field(0.8, gt=0.5, lt=1, description="that a stopped one would have ended dominated")
 
 
 class SearchConfig(Frozen):

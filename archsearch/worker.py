@@ -241,6 +241,8 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
     with record.phase("latency"):
         latency = measure_decode(record.architecture, config.latency, device=device)
+    record.seconds["latency"] -= latency.prepared + latency.waited
+    record.seconds |= {"prepare": latency.prepared, "wait": latency.waited}
     record.paths["decode"] = latency.path
     record.objectives["decode_latency"] = latency.seconds
     record.metrics |= {"tpot_ms": latency.tpot_ms, "latency": latency.model_dump(mode="json", exclude={"device"})}
@@ -251,9 +253,10 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
 
 
 def _recall(record: _Record, config: RunConfig, device: torch.device) -> None:
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.recall import measure_recall
 
-    with record.phase("recall"):
+    with record.phase("recall"), sharing(device):  # short enough for measurements to wait
         found = measure_recall(record.architecture, config.proxy, seed=record.seed, device=device)
     record.objectives["recall"] = found.error
     record.metrics["recall"] = found.summary()

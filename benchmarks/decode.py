@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,11 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "w": {"head_dim": 128, "kv_heads": 2, "window": 1024},
     "d": {},
     "gd": {},
+    "kda": {},
     "gl": {},
+    "r7": {},
+    "hg": {},
+    "m": {},
     "m2": {},
     "f": {},
 }
@@ -54,7 +58,7 @@ CHAIN_BYTES = 256 * 2**20
 GENERATED = 512
 """Tokens that transformers generates, and we beside it."""
 CUDA = torch.device("cuda", 0)
-Part = dict[str, Any]
+Part = Iterator[tuple[str, dict[str, Any]]]
 
 
 def milliseconds(graph: DecodeGraph, context: int, steps: int, runs: int) -> float:
@@ -65,23 +69,23 @@ def milliseconds(graph: DecodeGraph, context: int, steps: int, runs: int) -> flo
 
 def models(names: list[str], config: LatencyConfig) -> Part:
     """Decode latency of each reference architecture, at a short context too, and the sweep over contexts."""
-    found: Part = {}
     for name in names or MODELS:
         architecture = load_architecture(name)
         latency = measure_decode(architecture, config, device=CUDA)
         graph = DecodeGraph(build_model(architecture, 0, CUDA, torch.bfloat16), 1, CONTEXTS[-1] + 128)
-        contexts = {context: milliseconds(graph, context, 24, 3) for context in CONTEXTS}
-        short = statistics.mean(milliseconds(graph, start, 16, 3) for start in range(0, SHORT, 32))
+        contexts = {context: milliseconds(graph, context, 16, 2) for context in CONTEXTS}
         del graph
+        short = measure_decode(
+            architecture, config.model_copy(update={"tokens": SHORT, "strata": 4}), device=CUDA
+        ).tpot_ms
         torch.cuda.empty_cache()
-        found[name] = {"short_ms": short, "contexts_ms": contexts, **latency.model_dump(mode="json")}
+        yield name, {"short_ms": short, "contexts_ms": contexts, **latency.model_dump(mode="json")}
         print(
             f"{name:20} {latency.tpot_ms:.3f} ms a token, floor {latency.floor_ms:.3f} ms, "
             f"{latency.floor_fraction:.1%}; {latency.kernels_per_token} kernels; first {SHORT}: {short:.3f} ms, "
             f"32k: {contexts[32768]:.3f} ms; {'; '.join(latency.notes)}",
             flush=True,
         )
-    return found
 
 
 def chain(hidden: int, kind: str, copies: int) -> tuple[float, int]:
@@ -94,7 +98,6 @@ def chain(hidden: int, kind: str, copies: int) -> tuple[float, int]:
 
 def operators(names: list[str], config: LatencyConfig) -> Part:
     """What one more operator of each kind adds to a step, and its floor."""
-    found: Part = {}
     for hidden in WIDTHS:
         for kind in names or OPERATORS:
             one = make_architecture(hidden_size=hidden, vocab_size=1024, operators=[{"kind": kind, **OPERATORS[kind]}])
@@ -104,39 +107,36 @@ def operators(names: list[str], config: LatencyConfig) -> Part:
             (short, kernels), (long, _) = chain(hidden, kind, copies), chain(hidden, kind, 2 * copies)
             us, moved = (long - short) / copies, weights + operator.step_bytes(hidden, OPERATOR_CONTEXT + 1, 2)
             floor = moved / measure_bandwidth(CUDA).read * 1e6
-            found[f"{kind} {hidden}"] = {
-                "us": us, "floor_us": floor, "floor_fraction": floor / us, "kernels": kernels, "copies": copies
-            }  # fmt: skip
+            yield (
+                f"{kind} {hidden}",
+                {"us": us, "floor_us": floor, "floor_fraction": floor / us, "kernels": kernels, "copies": copies},
+            )
             print(
                 f"{kind:3} {hidden}: {us:6.2f} us, floor {floor:6.2f} us, {floor / us:.0%}, {kernels} kernels",
                 flush=True,
             )
             torch.cuda.empty_cache()
-    return found
 
 
 def exact(names: list[str], config: LatencyConfig) -> Part:
     """All tokens in fresh processes."""
-    found: Part = {}
     for name in names or EXACT:
         result = measure_exact(load_architecture(name), config, str(CUDA))
-        found[name] = result.model_dump(mode="json")
+        yield name, result.model_dump(mode="json")
         print(
             f"{name:20} {result.seconds:.3f} s; processes differ by {result.spread:.2%}, strata are "
             f"{result.strata_error:.2%} off",
             flush=True,
         )
-    return found
 
 
 def throughput(names: list[str], config: LatencyConfig) -> Part:
     """Doubling batches with 32k tokens stored."""
-    found: Part = {}
     for name in names or BATCHED:
         model = build_model(load_architecture(name), 0, CUDA, torch.bfloat16)
         result = measure_throughput(model, CONTEXTS[-1], measure_bandwidth(CUDA))
         del model
-        found[name] = result.model_dump(mode="json")
+        yield name, result.model_dump(mode="json")
         for one in result.batches:
             print(
                 f"{name:20} batch {one.batch:5}: {one.tokens_per_second:9,.0f} tokens/s, {one.step_ms:.3f} ms a step, "
@@ -144,19 +144,16 @@ def throughput(names: list[str], config: LatencyConfig) -> Part:
                 flush=True,
             )
         print(f"{name:20} {result.ended}", flush=True)
-    return found
 
 
 def transformers(names: list[str], config: LatencyConfig) -> Part:
     """The same shapes through transformers' own ``generate``, and through ours over as many tokens."""
-    found: Part = {}
     for name in names or COMPARED:
         architecture = load_architecture(name)
         theirs = generate_ms(architecture)
         ours = measure_decode(architecture, config.model_copy(update={"tokens": GENERATED}), device=CUDA).tpot_ms
-        found[name] = {"tokens": GENERATED, "transformers_ms": theirs, "ours_ms": ours, "ratio": theirs / ours}
+        yield name, {"tokens": GENERATED, "transformers_ms": theirs, "ours_ms": ours, "ratio": theirs / ours}
         print(f"{name:20} transformers {theirs:.3f} ms a token, ours {ours:.3f} ms, {theirs / ours:.2f}x", flush=True)
-    return found
 
 
 def generate_ms(architecture: Architecture) -> float:
@@ -181,7 +178,7 @@ def generate_ms(architecture: Architecture) -> float:
     options = {"do_sample": False, "cache_implementation": "static", "eos_token_id": None, "pad_token_id": 0}
     taken = []
     with torch.no_grad():
-        for _ in range(5):
+        for _ in range(4):
             torch.cuda.synchronize()
             begun = time.perf_counter()
             out = model.generate(prompt, max_new_tokens=GENERATED, min_new_tokens=GENERATED, **options)
@@ -210,17 +207,21 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU")
     options.out.mkdir(parents=True, exist_ok=True)
-    path, config = options.out / "decode.json", LatencyConfig(others=options.others)
+    path, config = options.out / "decode.json", LatencyConfig(others=options.others, repeats=2)
     for part in options.parts:
         begun = time.perf_counter()
         with torch.inference_mode(part != "transformers"):  # its compiler has trouble with that mode
-            found = PARTS[part](options.names, config)
-        # read again: another process may have written its part
-        record = json.loads(path.read_text()) if path.exists() else {}
-        record.setdefault(part, {}).update(found)
-        record["device"] = torch.cuda.get_device_name()
-        path.write_text(json.dumps(record, indent=1, allow_nan=False))
+            for name, found in PARTS[part](options.names, config):
+                save(path, part, name, found)
         print(f"{part}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def save(path: Path, part: str, name: str, found: dict[str, Any]) -> None:
+    """Add a result to the record, which may hold those of earlier runs."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record["device"] = torch.cuda.get_device_name()
+    record.setdefault(part, {})[name] = found
+    path.write_text(json.dumps(record, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

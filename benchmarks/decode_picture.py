@@ -42,29 +42,36 @@ def ratios(models: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(record: dict[str, Any], path: Path) -> None:
-    """Floor fractions, step time against context, operators against their floor."""
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Floor fractions, step time against context, operators against their floor; later records count."""
     _, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 4.5), constrained_layout=True)
-    models, operators = record.get("models", {}), record.get("operators", {})
+    models: dict[str, Any] = {}
+    operators: dict[str, Any] = {}
+    swept: dict[str, Any] = {}
+    for record in records:
+        models |= record.get("models", {})
+        operators |= record.get("operators", {})
+        swept |= {name: m["contexts_ms"] for name, m in record.get("models", {}).items() if len(m["contexts_ms"]) > 1}
     left.barh(list(models), [m["floor_fraction"] for m in models.values()])
     left.set(xlim=(0, 1), xlabel="floor / measured", title="decode of 8192 tokens, batch 1")
-    for name, model in models.items():
-        contexts = {int(context): ms for context, ms in model["contexts_ms"].items()}
-        middle.plot(list(contexts), list(contexts.values()), marker=".", label=name)
+    for name, contexts in swept.items():
+        middle.plot([int(context) for context in contexts], list(contexts.values()), marker=".", label=name)
     middle.set(xlabel="tokens stored", ylabel="ms a token", ylim=(0, None), title="step time")
     middle.legend(fontsize=8)
     right.barh(list(operators), [o["us"] for o in operators.values()], label="measured")
     right.barh(list(operators), [o["floor_us"] for o in operators.values()], label="floor")
     right.set(xlabel="µs an operator", title="one operator (kind, width), 4096 tokens stored")
     right.legend()
-    pyplot.savefig(path, dpi=90)
+    pyplot.savefig(path, dpi=80)
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    record = json.loads((folder / "decode.json").read_text())
-    draw(record, folder / "decode.png")
-    print(*ratios(record["models"]), sep="\n")
+    picture, *files = (Path(argument) for argument in sys.argv[1:])
+    records = [json.loads(file.read_text()) for file in files]
+    draw(records, picture)
+    for file, record in zip(files, records, strict=True):
+        if len(table := ratios(record.get("models", {}))) > 2:
+            print(file, *table, sep="\n")
 
 
 if __name__ == "__main__":

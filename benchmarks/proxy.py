@@ -4,7 +4,8 @@ Hybrids of DeltaNet, attention and FFN: 12 operators at d 512 (29 M parameters),
 dominate, and two of 340 M, 40 operators at d 1024 and 24 at d 1280. A step is forward, backward, clipping and
 fused AdamW on random tokens, in bf16 with fp32 weights.
 flash-linear-attention's models are trained in a plain eager loop, as its users do, with its fused norm, SwiGLU
-and cross-entropy; flash-attn is not needed, its attention runs through torch's.
+and cross-entropy; flash-attn is not needed, its attention runs through torch's. Kernels that both use have the same
+configurations, those of ``archsearch doctor --tune``; the rest of theirs are tuned at their first step.
 
     python benchmarks/proxy.py --json throughput.json
     python benchmarks/proxy.py --warm        # only compile and tune, for a timing that follows
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ProxyConfig
+from archsearch.model import tuned
 from archsearch.model.hybrid import build_model
 from archsearch.proxy.step import TrainingStep
 
@@ -63,6 +65,7 @@ class Case:
         from fla.models import DeltaNetConfig, DeltaNetForCausalLM
 
         attn.flash_attn_func = torch_attention
+        tuned.install()
         mixers = self.mixers.split()
         places = [place for place, kind in enumerate(mixers) if kind == "a"]
         config = DeltaNetConfig(
@@ -252,12 +255,12 @@ def draw(path: Path, picture: Path) -> None:
 
     found = json.loads(path.read_text())
     models = list(dict.fromkeys(row["model"] for row in found["rows"]))
-    figure = Figure(figsize=(10, 2.6), dpi=120, layout="constrained")
-    for panel, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+    figure = Figure(figsize=(8, 0.4 + 2 * len(models)), dpi=120, layout="constrained")
+    for panel, model in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
         rows = [row for row in found["rows"] if row["model"] == model and "failed" not in row][::-1]
         names = [row["implementation"] for row in rows]
         bars = panel.barh(names, [row["tokens_per_s"] / 1e6 for row in rows])
-        panel.bar_label(bars, [f" {row['tokens_per_s'] / 1e6:.2f}" for row in rows])
+        panel.bar_label(bars, [f" {row['tokens_per_s'] / 1e6:.3f}" for row in rows])
         for bar, name in zip(bars, names, strict=True):
             bar.set_color("#0b6e99" if name.startswith("archsearch") else "#b0b0b0")
         panel.set(title=f"{model}, {rows[0]['parameters'] / 1e6:.0f} M parameters", xlabel="million tokens a second")

@@ -1,6 +1,6 @@
 """Associative recall of attention, linear mixers and hybrids: who finds what as the pairs grow.
 
-    python benchmarks/recall.py [--operators "a f a f" "m2 f m2 f" ...] [--width 64] [--jobs 1] [--device auto]
+    python benchmarks/recall.py [--operators "d a" "d d" ...] [--width 32] [--head 8] [--jobs 1] [--device auto]
         [--set KEY=VALUE ...] [--json PATH] [--png PATH]
 
 Trains each list of operators on the generated task of ``archsearch/proxy/recall.py`` (Arora et al. 2023, Zoology)
@@ -23,18 +23,20 @@ from archsearch.architecture import make_architecture
 from archsearch.config import ProxyConfig
 from archsearch.files import Document, parse_yaml, to_json, validate, write_atomic
 
-HYBRIDS = ["a f a f", "m2 f a f", "d f a f", "w f a f", "m2 f m2 f", "d f d f", "gd f gd f", "w f w f"]
-HEAD = 16
-OPTIONS: dict[str, dict[str, Any]] = {
-    "a": {"head_dim": HEAD},
-    "w": {"head_dim": HEAD, "window": 16},
-    "d": {"head_dim": HEAD},
-    "gd": {"head_dim": HEAD},
-    "gl": {"head_dim": HEAD},
-    "m2": {"head_dim": 32, "state": HEAD},
-    "f": {"ratio": 2, "multiple_of": 32},
-}
-"""Small states, so that a linear mixer's memory ends within the numbers of pairs that train in minutes."""
+HYBRIDS = ["d a", "m2 a", "d d", "m2 m2"]
+
+
+def options(head: int) -> dict[str, dict[str, Any]]:
+    """Linear mixers with heads of ``head`` and states of that size: their memory ends within the numbers of pairs."""
+    return {
+        "a": {"head_dim": 16},
+        "w": {"head_dim": 16, "window": 16},
+        "d": {"head_dim": head},
+        "gd": {"head_dim": head},
+        "gl": {"head_dim": head},
+        "m2": {"head_dim": 16, "state": head},
+        "f": {"ratio": 2, "multiple_of": 32},
+    }
 
 
 def proxy_settings(pairs: list[str]) -> dict[str, Any]:
@@ -47,15 +49,15 @@ def proxy_settings(pairs: list[str]) -> dict[str, Any]:
     return validate(ProxyConfig, Document(values, "--set", {})).model_dump(mode="json")
 
 
-def train(operators: str, width: int, proxy: dict[str, Any], device: str, seed: int) -> dict[str, Any]:
+def train(operators: str, width: int, head: int, proxy: dict[str, Any], device: str, seed: int) -> dict[str, Any]:
     import torch
 
     from archsearch.latency.device import device_name, resolve_device
     from archsearch.proxy.recall import measure_recall
 
     torch.set_num_threads(1)
-    options = {kind: values for kind, values in OPTIONS.items() if kind in operators.split()}
-    architecture = make_architecture(hidden_size=width, vocab_size=256, operators=operators, options=options)
+    chosen = {kind: values for kind, values in options(head).items() if kind in operators.split()}
+    architecture = make_architecture(hidden_size=width, vocab_size=256, operators=operators, options=chosen)
     where = resolve_device(device)
     start = time.perf_counter()
     found = measure_recall(architecture, ProxyConfig.model_validate(proxy), seed=seed, device=where)
@@ -109,7 +111,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--operators", nargs="+", default=HYBRIDS)
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--head", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -121,7 +124,10 @@ def main() -> None:
     rows = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.jobs, mp_context=context) as pool:
-        jobs = [pool.submit(train, name, given.width, proxy, given.device, given.seed) for name in given.operators]
+        jobs = [
+            pool.submit(train, name, given.width, given.head, proxy, given.device, given.seed)
+            for name in given.operators
+        ]
         for job in as_completed(jobs):
             rows.append(job.result())
             print_row(rows[-1])

@@ -10,8 +10,9 @@ objective as it was after a share of the training. Without them ``--curves`` dra
 second objective and at random, so that curves cross, with noise at each rung. ``--budget`` is in full trainings.
 
 Rules: ``none``; ``clear P M``, the shipped one at confidence P once M have ended (``mute P M``: the sampler learns
-nothing from whom it stopped; ``robust P M``: a Theil-Sen line and the empirical quantile of its residuals); ``quota E``, which goes on with the best 1/E of a rung by non-domination rank, then crowding: asynchronous
-successive halving for several objectives as in Schmucker et al. 2021 (MO-ASHA), its stopping variant.
+nothing from whom it stopped; ``bare P M``: a forecast from the loss alone); ``quota E``, which goes on with the best
+1/E of a rung by non-domination rank, then crowding: asynchronous successive halving for several objectives as in
+Schmucker et al. 2021 (MO-ASHA), its stopping variant.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pandas as pd
-from scipy.stats import theilslopes
 
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
@@ -37,15 +37,15 @@ from archsearch.files import to_json, write_atomic
 from archsearch.search.executors import InlineExecutor
 from archsearch.search.ledger import Ledger
 from archsearch.search.loop import Search
-from archsearch.search.pareto import crowding_distances, front, non_domination_ranks
-from archsearch.search.rungs import Rungs
-from archsearch.stopping import LOSS, Line, StoppingRule, Verdict
+from archsearch.search.pareto import crowding_distances, front, hypervolume, non_domination_ranks
+from archsearch.search.rungs import Rungs, fit_forecast
+from archsearch.stopping import LOSS, Forecast, StoppingRule, Verdict, features
 from benchmarks.tables import NAMES, Table, TableSpace, load_table
 
 WHOLE = 16_000
 """Tokens that stand for a full training; one step is 8."""
 SHARES = (1 / 16, 1 / 4)
-RULES = "none,clear 0.6 5,clear 0.8 5,clear 0.95 5,clear 0.8 10,robust 0.6 5,robust 0.8 5,mute 0.8 5,quota 2,quota 3,quota 4"
+RULES = "none,clear 0.8 10,clear 0.95 10,bare 0.95 10,mute 0.95 10,quota 2,quota 3,quota 4"
 
 
 class Spent(BaseException):
@@ -96,8 +96,8 @@ class QuotaRule:
         order = np.lexsort((-crowding_distances(points), non_domination_ranks(points)))
         if np.flatnonzero(order == len(points) - 1)[0] < max(1, int(len(points) / self.eta)):
             return None
-        line = self.rule.lines.get(tokens)
-        expected = line.expected(known[LOSS]) if line else known[LOSS]
+        forecast = self.rule.forecasts.get(tokens)
+        expected = forecast.expected(features(self.rule.objectives, known)) if forecast else known[LOSS]
         return Verdict(tokens=tokens, dominated_by=0, expected=expected, margin=0.0, to_beat=0.0)
 
 
@@ -125,25 +125,21 @@ class MuteRungs(Rungs):
         return None
 
 
-class RobustRungs(Rungs):
-    """Theil-Sen line and the empirical quantile of its residuals."""
+class BareRungs(Rungs):
+    """A forecast from the loss alone."""
 
-    def _line(self, tokens: int, numbers: Any) -> Line | None:
-        pairs = np.array(
-            [
-                (rung.objectives[LOSS], self._ended[number].objectives[LOSS])
-                for number in numbers
-                for rung in self._ended[number].rungs
-                if rung.tokens == tokens
-            ]
-        )
-        slope, intercept, *_ = theilslopes(pairs[:, 1], pairs[:, 0])
-        if not slope > 0:
+    def _forecast(self, tokens: int, numbers: Any) -> Forecast | None:
+        pairs = [
+            (rung.objectives[LOSS], self._ended[number].objectives[LOSS])
+            for number in numbers
+            for rung in self._ended[number].rungs
+            if rung.tokens == tokens
+        ]
+        if len(pairs) < self._config.minimum:
             return None
-        over = np.sort(slope * pairs[:, 0] + intercept - pairs[:, 1])
-        place = int(np.ceil(self._config.confidence * (len(over) + 1))) - 1
-        width = float(over[min(place, len(over) - 1)])
-        return Line(slope=slope, intercept=intercept, width=max(width, 0.0), count=10**9, mean=0.0, spread=1e18)
+        none = [0.0] * (len(self._objectives) - 1)
+        rows = [[1.0, early, *none] for early, _ in pairs]
+        return fit_forecast(rows, [last for _, last in pairs], self._config.confidence)
 
 
 @dataclass(frozen=True)
@@ -163,15 +159,15 @@ class Job:
         table = load_table(self.table, self.objectives)
         rungs = self._table_rungs() if self.rungs else drawn_curves(table, self.curves)
         evaluator = CurveEvaluator(table, rungs, self.budget)
-        name, number, minimum = (self.rule.split() + ["", ""])[:3]
+        name, number, minimum = [*self.rule.split(), "", ""][:3]
         stopping = {"confidence": float(number)} if number and float(number) < 1 else {}
         stopping |= {"minimum": int(minimum)} if minimum else {}
         config = self._config(table, [] if name == "none" else [*rungs, WHOLE], stopping)
         search = Search(config, Ledger(config), lambda: InlineExecutor(evaluator))
         if name == "quota":
             search._rungs = QuotaRungs(config, float(number))
-        if name == "robust":
-            search._rungs = RobustRungs(config)
+        if name == "bare":
+            search._rungs = BareRungs(config)
         if name == "mute":
             search._rungs = MuteRungs(config)
         with suppress(Spent):
@@ -213,12 +209,13 @@ def drawn_curves(table: Table, seed: int) -> dict[int, np.ndarray]:
 
 def course(table: Table, done: list[tuple[float, int | None]]) -> list[tuple[float, float]]:
     members: list[int] = []
-    covered, found = 0.0, []
+    covered, found, corner = 0.0, [], np.ones(table.values.shape[1])
     for cost, row in done:
         if row is not None:
             rows = [*members, row]
             members = [rows[i] for i in front(table.scaled[rows])]
-            covered = table.covered(members) if row in members else covered
+            if row in members:
+                covered = hypervolume(table.scaled[members], corner) / table.whole
         found.append((cost, covered))
     return found
 

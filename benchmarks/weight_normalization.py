@@ -21,21 +21,21 @@ from typing import Any
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ProxyConfig
 
-HIDDEN = 512
 MODELS = {"attention": ("a", 9), "DeltaNet": ("d", 9), "Mamba-2": ("m2", 8)}
-"""Mixer, and how many of it, an FFN of ratio 3 behind each."""
+"""Mixer, and how many of it, an FFN of ratio 3 behind each: 30 M parameters at a width of 512."""
 RECIPES: dict[str, dict[str, Any]] = {
     "AdamW": {"weight_decay": 0.1},
     "weight normalization": {"weight_decay": 0.0, "weight_normalization": True},
 }
 
 
-def architecture(model: str, vocabulary: int) -> Architecture:
-    """A pure model: one kind of mixer."""
+def architecture(model: str, vocabulary: int, hidden: int, pairs: int | None) -> Architecture:
+    """A pure model: one kind of mixer, ``pairs`` of it and an FFN (``MODELS`` says how many when absent)."""
     kind, count = MODELS[model]
-    options = {"a": {"head_dim": 64}, "d": {"head_dim": 128}, "m2": {"head_dim": 64, "state": 128}}
+    count = pairs or count
+    options = {"a": {"head_dim": 64}, "d": {"head_dim": min(128, hidden)}, "m2": {"head_dim": 64, "state": 128}}
     return make_architecture(
-        hidden_size=HIDDEN,
+        hidden_size=hidden,
         vocab_size=vocabulary,
         operators=" ".join([f"{kind} f"] * count),
         options={kind: options[kind], "f": {"ratio": 3}},
@@ -43,13 +43,12 @@ def architecture(model: str, vocabulary: int) -> Architecture:
     )
 
 
-def train(model: str, recipe: str, seed: int, config: ProxyConfig, vocabulary: int) -> dict[str, Any]:
+def train(candidate: Architecture, model: str, recipe: str, seed: int, config: ProxyConfig) -> dict[str, Any]:
     """One training as a row."""
     import torch
 
     from archsearch.proxy.trainer import train_proxy
 
-    candidate = architecture(model, vocabulary)
     config = config.model_copy(update=RECIPES[recipe])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
@@ -68,7 +67,7 @@ def train(model: str, recipe: str, seed: int, config: ProxyConfig, vocabulary: i
         "paths": found.paths,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "config": config.model_dump(mode="json", exclude_defaults=True),
-        "vocabulary": vocabulary,
+        "architecture": candidate.to_dict(),
     }
 
 
@@ -116,20 +115,23 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--pairs", type=int, help="mixers, an FFN behind each")
     parser.add_argument("--vocabulary", type=int, default=256)
     parser.add_argument("--data", default="builtin:python")
     parser.add_argument("--tokens", type=int, default=50_003_968)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--validation-tokens", type=int, default=500_000)
     args = parser.parse_args()
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
-    config = ProxyConfig(
-        data=args.data, tokens=args.tokens, batch=args.batch, context=args.context, learning_rate=1e-3, validations=10
-    )
+    fields = {name: getattr(args, name) for name in ("data", "tokens", "batch", "context", "validation_tokens")}
+    config = ProxyConfig(learning_rate=1e-3, validations=10, **fields)
     done = {(row["model"], row["recipe"], row["seed"]) for row in rows}
     wanted = [(model, recipe, seed) for seed in args.seeds for model in args.models for recipe in RECIPES]
     for key in [] if args.show else [key for key in wanted if key not in done]:
-        rows.append(train(*key, config, args.vocabulary))
+        candidate = architecture(key[0], args.vocabulary, args.hidden, args.pairs)
+        rows.append(train(candidate, *key, config))
         row = rows[-1]
         print(*key, f"loss {row['loss']:.4f}, {row['seconds']:.1f} s", row["phases"], flush=True)
         args.json.write_text(json.dumps(rows) + "\n")

@@ -172,6 +172,8 @@ def test_names_cannot_reach_the_terminal(refused: Refused) -> None:
         ["train", "qwen3-0.6b", "--set", "latency.tokens=1"],
         ["train", "qwen3-0.6b", "--set", "proxy.tokens"],
         ["latency", "qwen3-0.6b", "--set", "tokens=1"],
+        ["latency", "qwen3-0.6b", "--context", "0"],
+        ["latency", "qwen3-0.6b", "--batch", "two"],
     ],
 )
 def test_usage(refused: Refused, words: list[str]) -> None:
@@ -190,6 +192,10 @@ def test_usage(refused: Refused, words: list[str]) -> None:
         ["run", "--space", str(TINY), "--executor", "magic"],
         ["train", "gpt-9"],
         ["latency", "qwen3"],
+        ["latency", "qwen3-0.6b", "--batch", "0"],
+        ["latency", "qwen3-0.6b", "--tokens", "0"],
+        ["latency", "qwen3-0.6b", "--tokens", "many"],
+        ["latency", "qwen3-0.6b", "--dtype", "int4"],
         ["train", "qwen3-0.6b", "--set", "proxy.tokens=-1"],
         ["train", "qwen3-0.6b", "--set", "proxy.data=/does/not/exist"],
         ["train", str(TINY)],

@@ -22,6 +22,7 @@ from archsearch.architecture import Architecture
 from archsearch.cli import main
 from archsearch.config import load_config
 from archsearch.errors import EnvironmentUnfit, RunInUse, SearchStopped, StorageError
+from archsearch.latency.device import DoesNotFit
 from tests.kits.runs import SMALL_FLAGS, TINY, fake_evaluations, make_run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -256,6 +257,21 @@ def test_train_and_latency(command: Command) -> None:
     code, out, _ = command(*words)
     assert code == 0
     assert f"loss {result['loss']:.4f} nats" in out
+
+
+def test_train_out_of_memory_is_no_bug(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from archsearch.proxy import trainer
+
+    def full(*arguments: object, **keywords: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB.")
+
+    monkeypatch.setattr(trainer, "train_proxy", full)
+    code, out, err = command("train", "qwen3-0.6b", "--device", "cpu")
+    assert (code, out) == (DoesNotFit.exit_code, "")
+    assert "cpu ran out of memory" in err
+    assert "a bug" not in err
 
 
 def test_latency(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
 from archsearch.architecture import make_architecture
 from archsearch.config import ProxyConfig, RunConfig
 from archsearch.evaluation import Evaluation, Outcome, Rung
-from archsearch.stopping import Line, StoppingRule, Verdict
+from archsearch.stopping import Forecast, StoppingRule, Verdict, features
 
-LINE = Line(slope=1.0, intercept=-1.0, width=0.1, count=10**6, mean=3.0, spread=1e6)
+NOTHING = ((0.0, 0.0, 0.0),) * 3
+SURE = Forecast(weights=(-1.0, 1.0, 0.0), width=0.1, inverse=NOTHING)
 """A loss at the rung ends one nat lower, give or take 0.1."""
-RULE = StoppingRule(objectives=("loss", "decode_latency"), front=((4, (1.8, 3.0)), (7, (2.0, 1.0))), lines={1000: LINE})
+RULE = StoppingRule(
+    objectives=("loss", "decode_latency"), front=((4, (1.8, 3.0)), (7, (2.0, 1.0))), forecasts={1000: SURE}
+)
 MODEL = make_architecture(hidden_size=128, vocab_size=256, operators="f")
 
 
@@ -41,15 +46,21 @@ def test_a_rung_without_a_line_stops_nobody() -> None:
 
 
 def test_a_single_objective_needs_no_latency() -> None:
-    rule = StoppingRule(objectives=("loss",), front=((0, (2.0,)),), lines={1000: LINE})
+    forecast = Forecast(weights=(-1.0, 1.0), width=0.1, inverse=((0.0, 0.0),) * 2)
+    rule = StoppingRule(objectives=("loss",), front=((0, (2.0,)),), forecasts={1000: forecast})
     assert rule.verdict(1000, {"loss": 3.2}) is not None
     assert rule.verdict(1000, {"loss": 3.0}) is None
 
 
-def test_the_margin_grows_where_nothing_is_known() -> None:
-    line = Line(slope=1.0, intercept=0.0, width=0.1, count=10, mean=3.0, spread=0.5)
-    assert line.margin(3.0) == pytest.approx(0.1 * 1.1**0.5)
-    assert line.margin(5.0) > line.margin(3.5) > line.margin(3.0)
+def test_the_margin_grows_where_little_is_known() -> None:
+    forecast = Forecast(weights=(0.0, 1.0), width=0.1, inverse=((0.1, 0.0), (0.0, 0.5)))
+    assert forecast.margin([1.0, 0.0]) == pytest.approx(0.1 * 1.1**0.5)
+    assert forecast.margin([1.0, 5.0]) > forecast.margin([1.0, 3.5]) > forecast.margin([1.0, 0.0])
+
+
+def test_other_objectives_take_part_in_a_forecast() -> None:
+    known = {"decode_latency": 1.0, "loss": 3.0, "parameters": 9.0}
+    assert features(("decode_latency", "loss"), known) == [1.0, 3.0, pytest.approx(math.log(2))]
 
 
 def test_a_rule_survives_json() -> None:

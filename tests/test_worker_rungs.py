@@ -11,7 +11,7 @@ from archsearch import worker
 from archsearch.config import ProxyConfig, SearchConfig
 from archsearch.evaluation import Evaluation, Outcome
 from archsearch.proxy import rungs
-from archsearch.stopping import Line, StoppingRule
+from archsearch.stopping import Forecast, StoppingRule
 from archsearch.worker import ProxyEvaluator
 from tests.test_worker import CANDIDATE, config_of
 
@@ -22,8 +22,8 @@ LOSS_ONLY = SearchConfig(objectives=("loss",))
 
 def strict(tokens: int) -> StoppingRule:
     """Stops everybody at one rung."""
-    line = Line(slope=1.0, intercept=0.0, width=0.0, count=10, mean=5.0, spread=1.0)
-    return StoppingRule(objectives=("loss",), front=((3, (0.5,)),), lines={tokens: line})
+    forecast = Forecast(weights=(0.0, 1.0), width=0.0, inverse=((0.0, 0.0),) * 2)
+    return StoppingRule(objectives=("loss",), front=((3, (0.5,)),), forecasts={tokens: forecast})
 
 
 def evaluate(

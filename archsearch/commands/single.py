@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from archsearch.architecture import Architecture
@@ -15,14 +16,16 @@ SECONDS_A_LINE = 60.0
 
 
 class TrainingProgress:
-    """Tells how a training goes: a live line on a terminal, one line a minute elsewhere."""
+    """Tells how a training goes: a live line on a terminal, one line a minute elsewhere. Measurements pass then."""
 
     def __init__(self, total: int) -> None:
         self.total = total
+        self.give_way: Callable[[], None] = lambda: None
         self.start = self.last = time.monotonic()
         self.live = stderr().is_terminal and not stderr().is_dumb_terminal
 
     def __call__(self, tokens: int, loss: float) -> None:
+        self.give_way()
         now = time.monotonic()
         if now - self.last < (0.2 if self.live else SECONDS_A_LINE):
             return
@@ -42,14 +45,17 @@ class TrainingProgress:
 
 def train(architecture: Architecture, config: ProxyConfig, *, seed: int, device: str) -> dict[str, Any]:
     """Train the proxy of ``architecture``; the result as plain data."""
-    from archsearch.latency.device import resolve_device
+    from archsearch.latency.device import device_errors, resolve_device
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
     where = resolve_device(device)
     progress = TrainingProgress(config.tokens)
     try:
-        result = train_proxy(architecture, config, seed=seed, device=where, on_progress=progress)
+        with device_errors(where), sharing(where) as give_way:
+            progress.give_way = give_way
+            result = train_proxy(architecture, config, seed=seed, device=where, on_progress=progress)
     finally:
         progress.close()
     return {

@@ -32,7 +32,9 @@ space:
   vocab_size: 256                 # enough for bytes; 32768 or so for proxy.tokenizer bpe
   stages:                         # an architecture is its stages, one after the other
     - name: early
-      mixers: [a, d, gd+a, m2+a]  # kinds joined by +: a attention, w window, d DeltaNet, gd gated, gl GLA, m2 Mamba-2
+      # kinds joined by +: a attention, w window, d DeltaNet, gd gated, kda Kimi Delta Attention, gl GLA, r7 RWKV-7,
+      # hg HGRN2, m2 Mamba-2, m Mamba
+      mixers: [a, d, gd+a, m2+a]
       ratio: ["1:1", "2:1"]       # how often the first kind stands in a block, to the second
       ffns: [0, 1]                # FFNs behind each mixer
       blocks: {{min: 1, max: 2}}    # how often the block is repeated

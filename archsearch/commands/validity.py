@@ -15,9 +15,10 @@ from archsearch.errors import UsageError
 from archsearch.evaluation import Evaluator
 from archsearch.schema import parse_quantity
 from archsearch.validity.agreement import Estimate
+from archsearch.validity.analysis import LONG, Analysis
 from archsearch.validity.plan import make_plan
-from archsearch.validity.study import LONG, Analysis, run_validity
-from archsearch.worker import ProxyEvaluator
+from archsearch.validity.study import run_validity
+from archsearch.worker import ProxyEvaluator, prepare_data
 
 
 def start(
@@ -52,6 +53,7 @@ def start(
         short=None if short is None else _tokens("--short", short),
         seeds=seeds,
     )
+    prepare_data(config)
     path = out or Path("experiments") / f"{config.space.name}-validity-{datetime.now():%Y%m%d-%H%M%S}"
     say(
         f"study folder: {path}; {architectures} architectures, {plan.short:,} tokens with {seeds} seeds, "

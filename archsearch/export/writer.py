@@ -169,10 +169,14 @@ def _load_weights(model: HybridLM, path: Path) -> None:
 
 def _train_again(evaluation: Evaluation, proxy: ProxyConfig, say: Callable[[str], None]) -> HybridLM:
     from archsearch.latency.device import resolve_device
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.trainer import train_proxy
 
     say(f"no weights were kept for {evaluation.architecture.id}: training it again for {proxy.tokens:,} tokens")
-    result = train_proxy(evaluation.architecture, proxy, seed=evaluation.seed, device=resolve_device())
+    device = resolve_device()
+    with sharing(device) as give_way:
+        told = lambda tokens, loss: give_way()  # noqa: E731
+        result = train_proxy(evaluation.architecture, proxy, seed=evaluation.seed, device=device, on_progress=told)
     recorded = evaluation.objectives.get("loss", result.loss)
     if abs(result.loss - recorded) > LOSS_TOLERANCE:
         cause = f"trained again, the loss is {result.loss:.4f} instead of {recorded:.4f}"

@@ -7,6 +7,7 @@ the middle of equal strata of positions, a run of advancing steps at each, and i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -69,7 +70,7 @@ def measure_decode(
         InvalidMeasurement: the timed path is wrong, or the device was disturbed at each of a few attempts.
         EnvironmentUnfit: the device failed.
     """
-    device = torch.device(device)
+    device, begin = torch.device(device), time.perf_counter()
     with device_errors(device), torch.inference_mode():
         if device.type == "cuda":
             make_canary(device)
@@ -82,11 +83,12 @@ def measure_decode(
         if device.type == "cuda":
             error = max(error, check_depth(runtime, model, config.tokens))
         del model  # what the caller does not hold is no part of the peak memory
+        prepared = time.perf_counter() - begin
         with exclusive(device, on_wait) as waited:
             timed = _until_undisturbed(runtime, config, device, full)
             timed.peak -= held
         check_end(runtime)
-    return _result(architecture, config, runtime, timed, error, waited)
+    return _result(architecture, config, runtime, timed, error, prepared, waited)
 
 
 @dataclass(slots=True)
@@ -150,7 +152,13 @@ def _time(runtime: Runtime, config: LatencyConfig, timed: _Timed, full: bool) ->
 
 
 def _result(
-    architecture: Architecture, config: LatencyConfig, runtime: Runtime, timed: _Timed, error: float, waited: float
+    architecture: Architecture,
+    config: LatencyConfig,
+    runtime: Runtime,
+    timed: _Timed,
+    error: float,
+    prepared: float,
+    waited: float,
 ) -> DecodeLatency:
     samples = [undisturbed(stratum) for stratum in timed.runs]
     seconds, interval = integrate(samples, timed.plan.width)
@@ -186,6 +194,7 @@ def _result(
         canary_ms=tuple(canary),
         canary_ratio=seconds * ms / canary[0] if canary else None,
         attempts=timed.attempts,
+        prepared=prepared,
         waited=waited,
         device=timed.info,
         gpu=tuple(timed.watch.states),

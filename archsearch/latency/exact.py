@@ -83,7 +83,7 @@ def _fresh(architecture: Architecture, config: LatencyConfig, device: str) -> De
         check=False,
     )
     if done.returncode == 0:
-        return DecodeLatency.model_validate_json(done.stdout)
+        return DecodeLatency.model_validate_json(done.stdout.strip().splitlines()[-1])
     raise _error(done.stdout, done.returncode, done.stderr)
 
 

@@ -13,8 +13,9 @@ import time
 import torch
 
 from archsearch.architecture import Architecture
+from archsearch.errors import EnvironmentUnfit
 from archsearch.latency.device import free_memory
-from archsearch.latency.validity import check_prefill
+from archsearch.latency.validity import InvalidMeasurement, check_prefill
 from archsearch.model.hybrid import DecodeState, HybridLM
 from archsearch.schema import Frozen
 
@@ -53,45 +54,57 @@ class PrefillTimes(Frozen):
     Attributes:
         omitted: why other lengths were not.
         paths: which implementation of each kind ran.
-        error: largest relative error of logits and states against the plain-torch reference.
+        error: largest relative error of logits and states against the plain-torch reference; absent where that
+            comparison, or the implementation itself, failed.
     """
 
     measured: tuple[Prefill, ...]
     omitted: dict[int, str]
     paths: dict[str, str]
-    error: float
+    error: float | None
+
+
+def implementation(device: torch.device) -> str:
+    """What the mixers run with: flash-linear-attention's kernels on a GPU where they are installed."""
+    return "fla" if device.type == "cuda" and importlib.util.find_spec("fla") is not None else "torch"
 
 
 @torch.inference_mode()
 def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None = None) -> PrefillTimes:
     """Time prompts of ``lengths`` random tokens (``LENGTHS`` when absent), ``batch`` at once, on the model's device.
 
-    A length that the memory does not hold, or that would take a CPU too long, is left out with the reason.
-
-    Raises:
-        InvalidMeasurement: logits or states differ from those of the plain-torch reference.
+    A length that the memory does not hold, or that would take a CPU too long, is left out with the reason; all of
+    them are where logits or states differ from those of the plain-torch reference.
     """
-    device = model.embed_tokens.weight.device
-    path = "fla" if device.type == "cuda" and importlib.util.find_spec("fla") is not None else "torch"
-    measured: list[Prefill] = []
-    omitted: dict[int, str] = {}
+    path = implementation(model.embed_tokens.weight.device)
     try:
         error = check_prefill(model, path, CHECKED) if path != "torch" else 0.0
-        paths = model.use(path).paths()
-        for length in lengths or LENGTHS:
-            reason = _too_large(model.architecture, batch, length, device)
-            reason = reason or _too_slow(model.architecture, measured, length)
-            try:
-                if not reason:
-                    measured.append(_measure(model, batch, length))
-            except torch.OutOfMemoryError:
-                reason = "ran out of memory"
-                torch.cuda.empty_cache()
-            if reason:
-                omitted[length] = reason
+        measured, omitted = _measure_each(model.use(path), batch, lengths or LENGTHS)
+        return PrefillTimes(measured=measured, omitted=omitted, paths=model.paths(), error=error)
+    except (InvalidMeasurement, EnvironmentUnfit) as unfit:
+        reasons = dict.fromkeys(lengths or LENGTHS, unfit.cause)
+        return PrefillTimes(measured=(), omitted=reasons, paths=model.paths(), error=None)
     finally:
         model.use("torch")
-    return PrefillTimes(measured=tuple(measured), omitted=omitted, paths=paths, error=error)
+
+
+def _measure_each(model: HybridLM, batch: int, lengths: tuple[int, ...]) -> tuple[tuple[Prefill, ...], dict[int, str]]:
+    """What was measured, and why the rest was not."""
+    measured: list[Prefill] = []
+    omitted: dict[int, str] = {}
+    device = model.embed_tokens.weight.device
+    for length in lengths:
+        reason = _too_large(model.architecture, batch, length, device)
+        reason = reason or _too_slow(model.architecture, measured, length)
+        try:
+            if not reason:
+                measured.append(_measure(model, batch, length))
+        except torch.OutOfMemoryError:
+            reason = "ran out of memory"
+            torch.cuda.empty_cache()
+        if reason:
+            omitted[length] = reason
+    return tuple(measured), omitted
 
 
 def _too_large(architecture: Architecture, batch: int, length: int, device: torch.device) -> str:

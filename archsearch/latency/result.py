@@ -47,6 +47,7 @@ class DecodeLatency(Frozen):
         canary_ms: step time of the canary before and after.
         canary_ratio: ``tpot_ms`` in units of the canary's step; absent without one.
         attempts: measurements until one was undisturbed.
+        prepared: seconds spent building, compiling, capturing and checking before.
         waited: seconds spent waiting for another measurement on this device to end.
         gpu: NVML's view before, between and after the passes.
         full: the run of all tokens, where it was asked for.
@@ -78,6 +79,7 @@ class DecodeLatency(Frozen):
     canary_ms: tuple[float, ...]
     canary_ratio: float | None
     attempts: int
+    prepared: float
     waited: float
     device: DeviceInfo
     gpu: tuple[GpuState, ...] = ()

@@ -108,8 +108,10 @@ def check_prefill(model: HybridLM, path: str, length: int) -> float:
         return [logits, *(buffer.flatten() for layer in state.layers for buffer in layer.values())]
 
     pairs = zip(prefilled("torch"), prefilled(path), strict=True)
-    worst = float(np.max([_error(found, expected) for expected, found in pairs]))
-    if not worst <= TOLERANCE[weight.dtype]:
+    logits, *states = [_error(found, expected) for expected, found in pairs]
+    worst = float(np.max([logits, *states]))
+    # a state holds what the layers before it rounded, and no final norm and head smooth it
+    if not (logits <= TOLERANCE[weight.dtype] and worst <= 2 * TOLERANCE[weight.dtype]):
         cause = f"prefill ({path}) gives other logits or states than the reference: relative error {worst:.2g}"
         raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
     return worst

@@ -60,8 +60,13 @@ class Residual(nn.Module):
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.op = LAYERS[config.kind](config, hidden_size, norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.op(self.normed(x))
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x + added``, and what the operator adds to it: the next layer's norm takes that sum in."""
+        if added is not None and self.op.path != "torch" and x.dtype == added.dtype:
+            x, normed = self.norm.after(x, added)
+            return x, self.op(normed)
+        x = x if added is None else x + added
+        return x, self.op(self.normed(x))
 
     def normed(self, x: Tensor) -> Tensor:
         """The norm in front of the operator: in 16 bits by one kernel where the operator computes so."""
@@ -140,9 +145,12 @@ class HybridLM(nn.Module):
         x = self._embed(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        added = None
         for layer in self.layers:
-            x = layer(x)
-        return self.norm(x[:, self.n_meta :])
+            x, added = layer(x, added)
+        if self.layers[-1].op.path != "torch" and x.dtype == added.dtype:
+            return self.norm.after(x, added)[1][:, self.n_meta :]
+        return self.norm((x + added)[:, self.n_meta :])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the head to what ``hidden`` returns."""

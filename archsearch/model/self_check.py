@@ -52,6 +52,8 @@ def agreement(config: OperatorConfig, hidden: int, device: torch.device, length:
 
     Once a process for each operator and width: what it compiles is what training needs.
     """
+    if device.type == "cuda":
+        _settle(_build(config, hidden, device, "fla"), hidden)
     x = torch.randn(1, length, hidden, device=device, generator=torch.Generator(device).manual_seed(1))
     found = []
     for path in ("fla", "torch"):
@@ -78,6 +80,15 @@ def require_sound(config: OperatorConfig, hidden: int, device: torch.device) -> 
         known = "; this Triton is known to miscompile gated operators on Hopper GPUs" if miscompiles(device) else ""
         raise WrongKernels(cause + known, REMEDY)
     return found
+
+
+def _settle(layer: Layer, hidden: int) -> None:
+    """One step at a size like training's: what no configuration is known for is tuned here, not on a few tokens."""
+    from archsearch.model import tuned
+
+    device = next(layer.parameters()).device
+    _gradients(layer, torch.randn(4, 1024, hidden, device=device, requires_grad=True), half=True)
+    tuned.remember()
 
 
 def _build(config: OperatorConfig, hidden: int, device: torch.device, path: str) -> Layer:

@@ -84,7 +84,8 @@ def compile_ahead(operators: list[Operator]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         for start in range(0, len(cold), cores):
             batch = cold[start : start + cores]
-            running = [subprocess.Popen(_command(one), env=environment, stdout=subprocess.DEVNULL) for one in batch]
+            quiet = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            running = [subprocess.Popen(_command(one), **quiet) for one in batch]
             for operator, process in zip(batch, running, strict=True):
                 if process.wait() == 0:
                     _mark(operator).touch()

@@ -5,7 +5,8 @@ buckets of the token count, which a search varies, and each costs minutes. A fil
 tuner once chose: kernel, key, configuration. At run time each tuner is offered the choice of the nearest
 known key alone (``Choice``), and benchmarks nothing.
 
-A kernel of which nothing is known is tuned as ever, once for each kind of key, and then serves its likes.
+A kernel of which nothing is known is tuned once (``self_check`` sees to it at a size like training's), kept in this
+device's own file (``remember``), and serves its likes from then on.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Choice:
     """
 
     tuning: ClassVar[bool] = False
+    missed: ClassVar[set[str]] = set()
+    """Kernels that had to be tuned because no choice was known."""
 
     def __init__(self, tuner: Autotuner, entries: list[dict[str, Any]]) -> None:
         self.tuner, self.library_prune, self.alone = tuner, tuner.prune_configs, False
@@ -79,7 +82,10 @@ class Choice:
         found = (config for config in dict.fromkeys(choices) if config in allowed and self._fits(config, kwargs))
         best = next(found, None)
         self.alone = best is not None
-        return allowed if best is None else [best]
+        if best is not None:
+            return [best]
+        Choice.missed.add(self.tuner.base_fn.__name__)
+        return _compiled(self.tuner, _worth_trying(allowed), kwargs)
 
     def _fits(self, config: triton.Config, kwargs: dict[str, Any]) -> bool:
         """Whether this device has the shared memory: what was best at a smaller shape may ask for too much here."""
@@ -170,6 +176,22 @@ def write(path: Path, kernels: Kernels) -> None:
     write_atomic(path, json.dumps(about)[:-1] + ', "kernels": {\n' + ",\n".join(blocks) + "\n}}\n")
 
 
+def remember() -> None:
+    """Keep in ``own_file`` what had to be tuned in this process, so that no later one tunes it again."""
+    if not Choice.missed:
+        return
+    path = own_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kernels = _read(path) if path.exists() else {}
+        for name, entries in chosen().items():
+            if name in Choice.missed:
+                kernels.setdefault(name, []).extend(entries)
+        write(path, kernels)
+    Choice.missed.clear()
+
+
 def own_file() -> Path:
     """Where ``archsearch doctor --tune`` keeps the configurations of this very device."""
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
@@ -188,13 +210,17 @@ def known_files() -> list[Path]:
 def _known() -> Kernels:
     found: Kernels = {}
     for path in known_files():
-        try:
-            kernels: Kernels = json.loads(path.read_text())["kernels"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} holds no kernel configurations: {error}", "remove it") from error
-        for name, entries in kernels.items():
+        for name, entries in _read(path).items():
             found.setdefault(name, []).extend(entries)
     return found
+
+
+def _read(path: Path) -> Kernels:
+    try:
+        kernels: Kernels = json.loads(path.read_text())["kernels"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} holds no kernel configurations: {error}", "remove it") from error
+    return kernels
 
 
 def _plain(config: triton.Config) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def checkpointed_loss(model: HybridLM, rows: Tensor, wanted: Tensor, max_logits:
     size = max(max_logits // model.architecture.vocab_size, 1)
     pieces = zip(rows.split(size), wanted.split(size), strict=True)
     totals = [checkpoint(_total, model, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-    return sum(totals[1:], totals[0]) / len(wanted)
+    loss: Tensor = sum(totals[1:], totals[0]) / len(wanted)
+    return loss
 
 
 def loss_path(device: torch.device, dtype: torch.dtype) -> str:

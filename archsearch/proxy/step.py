@@ -80,6 +80,7 @@ class TrainingStep:
 
     def _on_side_stream(self) -> None:
         """Run a step where the capture will follow: work of the default stream cannot be captured."""
+        assert self._stream is not None
         before = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -121,7 +119,8 @@ class _Training:
             corpus = load_corpus(config, architecture.vocab_size)
             # whole batches: another batch size would compile and tune every kernel again
             wanted = self.tokens(self.steps_for(config.validation_tokens))
-            self.held_out = validation_windows(corpus.validation, config.context, wanted)
+            held_out = validation_windows(corpus.validation, config.context, wanted)
+            self.held_out = torch.from_numpy(held_out).to(device)
             self.windows = Windows(corpus.train, config.context, seed)
         with clock("build"):
             self.dtype = _dtype(config.dtype, device)
@@ -205,16 +204,9 @@ class _Training:
     def validation_loss(self) -> float:
         """Mean loss over the held-out windows, nats a token."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, len(self.held_out), self.config.batch):
-            batch = self.held_out[first : first + self.config.batch]
-            windows = self.upload(batch).to(self.device, non_blocking=True)
-            total += mean_loss(self.model, windows, self.dtype).double() * len(batch)
+        for windows in self.held_out.split(self.config.batch):
+            total += mean_loss(self.model, windows, self.dtype).double() * len(windows)
         return total.item() / len(self.held_out)
-
-    def upload(self, batch: npt.NDArray[np.int64]) -> Tensor:
-        """The batch in memory from which the copy to the device does not hold up the host."""
-        windows = torch.from_numpy(batch)
-        return windows.pin_memory() if self.device.type == "cuda" else windows
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: weights and moments, themselves, not copies."""

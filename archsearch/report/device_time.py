@@ -16,7 +16,8 @@ class DeviceTime:
     """Seconds of all workers together, by phase, as the evaluations recorded them.
 
     ``idle`` is the time between two evaluations of a worker, and from the start of its process to the first;
-    ``total`` all that is known of evaluations whose worker was lost.
+    ``prepare`` and ``wait`` come before a measurement: building and checking, and other measurements on the device;
+    ``total`` is all that is known of evaluations whose worker was lost.
     """
 
     seconds: dict[str, float]

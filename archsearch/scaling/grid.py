@@ -16,8 +16,9 @@ from archsearch.errors import ConfigError, InvalidArchitecture, UsageError
 from archsearch.evaluation import Evaluator, Outcome
 from archsearch.scaling.law import Point
 from archsearch.search.folder import RunFolder
-from archsearch.search.loop import OnProgress, run_search
+from archsearch.search.loop import run_search
 from archsearch.search.progress import Summary
+from archsearch.search.reporter import OnProgress
 from archsearch.search.study import candidates, open_study
 from archsearch.space import Limits, SearchSpace
 

@@ -15,8 +15,8 @@ from archsearch.scaling.choice import Choice, Size, best_by_law, best_measured, 
 from archsearch.scaling.grid import Grid, Trained, collect, train_grid
 from archsearch.scaling.held_out import HeldOut, held_out
 from archsearch.scaling.law import LEVELS, Law, LawNotIdentified, Metric, Point, as_metric, fit_law
-from archsearch.search.loop import OnProgress
 from archsearch.search.progress import Summary
+from archsearch.search.reporter import OnProgress
 
 T = TypeVar("T")
 UNITS = {"perplexity": "validation perplexity", "nats": "validation loss [nats a token]"}

@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 from archsearch.architecture import Architecture
@@ -92,6 +93,15 @@ def failed(
 ) -> Evaluation:
     """The evaluation of what gave none itself."""
     return Evaluation(architecture=architecture, outcome=outcome, error=error, seed=seed, seconds={"total": seconds})
+
+
+def with_objectives(evaluation: Evaluation, names: Sequence[str]) -> Evaluation:
+    """``evaluation``, or a failed one where it is OK and lacks one of these objectives."""
+    missing = [name for name in names if name not in evaluation.objectives]
+    if not evaluation.ok or not missing:
+        return evaluation
+    error = f"the evaluation lacks the objective {missing[0]}"
+    return failed(evaluation.architecture, Outcome.INVALID_MEASUREMENT, error, seed=evaluation.seed)
 
 
 def _sound(result: object, architecture: Architecture) -> Evaluation:

@@ -21,16 +21,16 @@ from archsearch.errors import ArchsearchError, InvalidArchitecture
 from archsearch.evaluation import Evaluation, Evaluator, Outcome
 from archsearch.search.aging import AgingEvolutionSampler, SpaceExhausted
 from archsearch.search.breaker import Breaker
-from archsearch.search.executors import Executor, failed, make_executor
+from archsearch.search.executors import Executor, make_executor, with_objectives
 from archsearch.search.folder import RunFolder
 from archsearch.search.interrupts import Interrupted, Interrupts
 from archsearch.search.ledger import REFERENCE, Ledger, outcome_of
-from archsearch.search.progress import Progress, Reason, Standing, Summary
+from archsearch.search.progress import Reason, Standing, Summary
+from archsearch.search.reporter import OnProgress, Reporter
 from archsearch.search.rungs import Rungs
 from archsearch.search.samplers import make_sampler
 from archsearch.search.study import is_evaluated
 
-OnProgress = Callable[[Progress], None]
 POLL_SECONDS = 0.5
 MAX_REJECTED = 100
 
@@ -79,7 +79,6 @@ class Search:
         self._config = config
         self._ledger = ledger
         self._start_executor = start_executor
-        self._on_progress = on_progress
         self._sampler_for = make_sampler(config)
         self._standing = Standing(config.search, ledger.attributes.get(REFERENCE))
         self._rungs = Rungs(config)
@@ -94,14 +93,12 @@ class Search:
         self._ended: tuple[Reason, str] | None = None
         self._error: ArchsearchError | None = None
         self._patience = math.inf
-        self._news: list[tuple[int | None, Outcome | None]] = [(None, None)]
-        self._begin = time.monotonic()
-        self._done_before = 0
+        self._reporter = Reporter(self._standing, config.search.evaluations, on_progress)
 
     def run(self) -> Summary:
         """Search until the budget is spent or something ends it. Raises as ``run_search`` does."""
         self._recover()
-        self._done_before = self._standing.done
+        self._reporter.begin()
         self._report()
         if self._wants_more:
             executor = self._start_executor()
@@ -226,7 +223,7 @@ class Search:
 
     def _settle(self, executor: Executor, number: int, evaluation: Evaluation) -> None:
         """Take back what a worker returned: try it again, or commit it."""
-        evaluation = self._checked(evaluation)
+        evaluation = with_objectives(evaluation, self._config.search.objectives)
         del self._evaluating[self._in_flight.pop(number).id]
         self._attempts[number, evaluation.outcome] += 1
         limit = evaluation.outcome.max_attempts
@@ -239,13 +236,6 @@ class Search:
         elif not self._stopping:
             self._resubmit(executor, number)
 
-    def _checked(self, evaluation: Evaluation) -> Evaluation:
-        missing = [name for name in self._config.search.objectives if name not in evaluation.objectives]
-        if not evaluation.ok or not missing:
-            return evaluation
-        error = f"the evaluation lacks the objective {missing[0]}"
-        return failed(evaluation.architecture, Outcome.INVALID_MEASUREMENT, error, seed=evaluation.seed)
-
     def _commit(self, number: int, evaluation: Evaluation) -> None:
         attempts = self._ledger.trial(number).user_attrs["attempts"]
         self._ledger.keep(number, evaluation.model_copy(update={"attempts": attempts}))
@@ -256,7 +246,7 @@ class Search:
         self._rungs.add(number, evaluation)
         self._count(number, evaluation.architecture.id, values, evaluation.outcome)
         self._drop_weights()
-        self._news.append((number, evaluation.outcome))
+        self._reporter.note(number, evaluation.outcome)
 
     def _count(
         self, number: int, architecture_id: str, values: Sequence[float] | None, outcome: Outcome | None
@@ -312,37 +302,14 @@ class Search:
 
     # Reports
 
-    def _progress(self, latest: int | None = None, outcome: Outcome | None = None) -> Progress:
-        standing, total = self._standing, self._config.search.evaluations
-        elapsed = time.monotonic() - self._begin
-        pace = elapsed / fresh if (fresh := standing.done - self._done_before) > 0 else None
-        return Progress(
-            done=standing.done,
-            total=total,
-            running=len(self._in_flight),
-            failed=standing.failed,
-            stopped=standing.stopped,
-            best_loss=standing.best,
-            front_size=standing.front_size,
-            hypervolume=standing.hypervolume,
-            elapsed=elapsed,
-            seconds_left=None if pace is None else pace * max(total - standing.done, 0),
-            latest=latest,
-            outcome=outcome,
-        )
-
     def _report(self) -> None:
-        """Tell what was committed since the last time."""
-        news, self._news = self._news, []
-        if self._on_progress is not None:
-            for latest, outcome in news:
-                self._on_progress(self._progress(latest, outcome))
+        self._reporter.report(len(self._in_flight))
 
     def _summary(self) -> Summary:
-        signal = self._interrupts.received
+        signal, progress = self._interrupts.received, self._reporter.progress(len(self._in_flight))
         if signal is not None and self._wants_more:
             left = len(self._in_flight) + len(self._queue)
             message = f"stopped by {signal.name}; {left} candidates were in flight and will be evaluated again"
-            return Summary("interrupted", message, self._interrupts.exit_code, self._progress())
+            return Summary("interrupted", message, self._interrupts.exit_code, progress)
         reason, message = self._ended or ("finished", f"{self._standing.done} architectures evaluated")
-        return Summary(reason, message, 0, self._progress())
+        return Summary(reason, message, 0, progress)

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import t
 
 from archsearch.config import RunConfig
 from archsearch.evaluation import Evaluation
 from archsearch.search.pareto import front
 from archsearch.search.study import Candidate
-from archsearch.stopping import LOSS, Line, StoppingRule
+from archsearch.stopping import LOSS, Forecast, StoppingRule, features
 
-FLAT = 1e-12
+FEWEST_FREE = 2
+"""Degrees of freedom below which a deviation says too little."""
+RANK_TOLERANCE = 1e-7
+"""Relative size below which a direction of the features counts as absent, such as an objective that is constant."""
 
 
 class Rungs:
@@ -61,39 +65,52 @@ class Rungs:
             return StoppingRule(objectives=self._objectives)
         points = [tuple(self._ended[n].objectives[name] for name in self._objectives) for n in numbers]
         members = tuple((numbers[index], points[index]) for index in front(points))
-        lines = {tokens: line for tokens in self._rungs if (line := self._line(tokens, numbers)) is not None}
-        return StoppingRule(objectives=self._objectives, front=members, lines=lines)
+        found = {tokens: self._forecast(tokens, numbers) for tokens in self._rungs}
+        forecasts = {tokens: forecast for tokens, forecast in found.items() if forecast is not None}
+        return StoppingRule(objectives=self._objectives, front=members, forecasts=forecasts)
 
-    def _line(self, tokens: int, numbers: Sequence[int]) -> Line | None:
+    def _forecast(self, tokens: int, numbers: Sequence[int]) -> Forecast | None:
         pairs = [
-            (rung.objectives[LOSS], self._ended[number].objectives[LOSS])
+            (features(self._objectives, rung.objectives), self._ended[number].objectives[LOSS])
             for number in numbers
             for rung in self._ended[number].rungs
             if rung.tokens == tokens
         ]
-        return fit_line(pairs, self._config.confidence) if len(pairs) >= self._config.minimum else None
+        if len(pairs) < self._config.minimum:
+            return None
+        return fit_forecast([x for x, _ in pairs], [loss for _, loss in pairs], self._config.confidence)
 
 
-def fit_line(pairs: Sequence[tuple[float, float]], confidence: float) -> Line | None:
-    """The line from losses at a rung to last losses; None where there is none that rises.
+def fit_forecast(rows: Sequence[Sequence[float]], last: Sequence[float], confidence: float) -> Forecast | None:
+    """The least-squares forecast; None where too few results carry it, or a higher loss foretells no higher one.
 
     Args:
-        pairs: (loss at the rung, last loss), three at least.
+        rows: ``features`` at the rung of those that ended.
+        last: their last losses.
         confidence: one-sided, of a prediction.
     """
-    early, last = np.asarray(pairs, dtype=np.float64).T
-    mean = float(early.mean())
-    spread = float(((early - mean) ** 2).sum())
-    if spread <= FLAT:
+    x, y = np.asarray(rows, dtype=np.float64), np.asarray(last, dtype=np.float64)
+    # Columns of very different size would be lost in the pseudo-inverse.
+    scale = np.abs(x).max(axis=0)
+    scale[scale == 0] = 1.0
+    z = x / scale
+    rank = _rank(z)
+    inverse = np.linalg.pinv(z.T @ z, rcond=RANK_TOLERANCE**2, hermitian=True) / np.outer(scale, scale)
+    weights = inverse @ x.T @ y
+    freedom = len(y) - rank
+    tells = _rank(np.delete(z, 1, axis=1)) < rank  # whether the losses are more than a function of the rest
+    if freedom < FEWEST_FREE or not tells or weights[1] <= 0:
         return None
-    slope = float(((early - mean) * (last - last.mean())).sum() / spread)
-    if slope <= 0:
-        return None
-    intercept = float(last.mean()) - slope * mean
-    freedom = len(pairs) - 2
-    deviation = float(np.sqrt(((last - slope * early - intercept) ** 2).sum() / freedom))
-    width = float(t.ppf(confidence, freedom)) * deviation
-    return Line(slope=slope, intercept=intercept, width=width, count=len(pairs), mean=mean, spread=spread)
+    deviation = float(np.sqrt(((y - x @ weights) ** 2).sum() / freedom))
+    return Forecast(
+        weights=tuple(weights.tolist()),
+        width=float(t.ppf(confidence, freedom)) * deviation,
+        inverse=tuple(tuple(row) for row in inverse.tolist()),
+    )
+
+
+def _rank(z: NDArray[np.float64]) -> int:
+    return int(np.linalg.matrix_rank(z, tol=RANK_TOLERANCE * np.sqrt(len(z))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ import torch
 from archsearch.architecture import make_architecture
 from archsearch.config import ProxyConfig
 from archsearch.model.hybrid import build_model
+from archsearch.proxy.result import ProxyResult
 from archsearch.proxy.step import TrainingStep
-from archsearch.proxy.trainer import ProxyResult, train_proxy
+from archsearch.proxy.trainer import train_proxy
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import pytest
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.evaluation import Evaluation, Evaluator, Outcome
 from archsearch.search.executors import Executor, Finished
-from archsearch.stopping import Line, StoppingRule
+from archsearch.stopping import Forecast, StoppingRule
 from tests.search.fakes import FakeEvaluator, FaultyEvaluator, RungEvaluator, objectives_of
 
 Start = Callable[[Evaluator], Executor]
@@ -60,8 +60,8 @@ class ExecutorKit:
             assert (results[key].outcome, results[key].seed) == (Outcome.OK, 5)
 
     def test_the_stopping_rule_travels_with_its_candidate(self, start: Start) -> None:
-        line = Line(slope=1.0, intercept=0.0, width=0.0, count=10, mean=3.0, spread=1.0)
-        rule = StoppingRule(objectives=("loss", "decode_latency"), front=((7, (0.0, 0.0)),), lines={20: line})
+        forecast = Forecast(weights=(0.0, 1.0, 0.0), width=0.0, inverse=((0.0, 0.0, 0.0),) * 3)
+        rule = StoppingRule(objectives=("loss", "decode_latency"), front=((7, (0.0, 0.0)),), forecasts={20: forecast})
         executor = start(RungEvaluator())
         executor.submit(1, architectures(1)[0], 5, rule)
         ((key, found),) = executor.wait(60.0)

@@ -73,6 +73,19 @@ def test_prefill_that_takes_a_cpu_too_long_is_left_out(monkeypatch: pytest.Monke
     assert "would take a CPU" in measure_prefill(model(), 1, lengths=(16, 64)).omitted[64]
 
 
+def test_prefill_that_is_wrong_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: object) -> float:
+        raise InvalidMeasurement("prefill (fla) gives other logits", "report this")
+
+    monkeypatch.setattr(prefill, "check_prefill", wrong)
+    monkeypatch.setattr(prefill, "implementation", lambda device: "fla")
+    network = model()
+    found = measure_prefill(network, 1, lengths=(16, 64))
+    assert (found.measured, found.error) == ((), None)
+    assert found.omitted == dict.fromkeys((16, 64), "prefill (fla) gives other logits")
+    assert set(network.paths().values()) == {"torch"}
+
+
 def test_prefill_that_differs_from_the_reference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     network = model()
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from archsearch.model import fla_ops, self_check
 from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, selective_scan_chunked, ssd_chunked
-from archsearch.model.fused import convolution, decay, heads, norm, swiglu
+from archsearch.model.fused import convolution, decay, heads, norm, residual, swiglu
 from archsearch.model.layers import LAYERS
 from archsearch.model.layers.attention import windowed_attention
 from archsearch.operators import FFN, OPERATORS
@@ -213,3 +213,18 @@ def test_fused_prefill_leaves_the_state_of_the_reference(kind, hidden, options, 
             layer.prefill(x, states[-1])
     for name, expected in states[0].items():
         torch.testing.assert_close(states[1][name], expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+
+
+@interpreted
+@pytest.mark.parametrize(("size", "used"), [(40, "both"), (1000, "both"), (40, "sum"), (40, "norm")])
+def test_add_norm(size, used):
+    inputs = [draw(2, 3, size, seed=0), draw(2, 3, size, seed=1), draw(size, seed=2)]
+
+    def run(function):
+        def call(x):
+            total, normed = function(*x, 1e-6)
+            return {"both": [total, normed], "sum": [total, x[2]], "norm": [normed]}[used]
+
+        return call
+
+    agree(run(residual.add_norm), run(residual.add_norm_reference), inputs)

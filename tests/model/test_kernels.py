@@ -1,7 +1,7 @@
-"""Decode kernels against their twins, and decode plans against the model.
+"""Decode kernels against their twins.
 
-Kernels run in Triton's interpreter, which must be chosen before Triton is imported, so one test runs the tests that
-need it in a process of their own. The others run here, on the twins.
+Kernels run in Triton's interpreter, which must be chosen before Triton is imported, so one test runs the others in a
+process of their own.
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from archsearch.architecture import make_architecture
-from archsearch.errors import EnvironmentUnfit, UsageError
-from archsearch.model import layers
-from archsearch.model.decode import DecodeGraph, DecodePlan
-from archsearch.model.hybrid import HybridLM, build_model
-from archsearch.model.kernels import TORCH, TRITON
+from archsearch.model.decode import DecodePlan
+from archsearch.model.kernels import TRITON
 from archsearch.model.kernels.attention import Heads, attend, attend_reference, attention_scratch, rotary_table
 from archsearch.model.kernels.bandwidth import read_sums, read_sums_reference
-from archsearch.model.kernels.chains import CHAINS
 from archsearch.model.kernels.convolution import Convolution, Output, padded, value_rows
 from archsearch.model.kernels.delta import DeltaGates, delta_step, delta_step_reference
 from archsearch.model.kernels.gla import Decay, gla_step, gla_step_reference
@@ -50,25 +45,10 @@ from archsearch.model.kernels.rwkv7 import TimeMix, rwkv7_step, rwkv7_step_refer
 from archsearch.model.kernels.shift import Shift, shift_project, shift_project_reference
 from archsearch.model.kernels.ssd import Rates, ssd_step, ssd_step_reference
 from archsearch.model.kernels.token import select, select_reference
-from archsearch.operators import OPERATORS
+from tests.kits.decode_kit import VOCABULARY, follow, model_of, poison
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
-VOCABULARY = 77
-OPTIONS: dict[str, dict[str, Any]] = {
-    "a": {"head_dim": 32, "heads": 3, "kv_heads": 1, "qk_norm": True},
-    "w": {"head_dim": 24, "heads": 4, "kv_heads": 2, "window": 5, "qkv_bias": True},
-    "d": {"head_dim": 32},
-    "gd": {"head_dim": 24, "heads": 2},
-    "kda": {"head_dim": 24, "heads": 2, "expand_v": 1.5, "gate_rank": 20},
-    "gl": {"head_dim": 24},
-    "hg": {"head_dim": 48},
-    "r7": {"head_dim": 24, "decay_rank": 8, "rate_rank": 40},
-    "m": {"state": 12, "dt_rank": 40},
-    "m2": {"head_dim": 32, "state": 16, "groups": 2},
-    "f": {"ratio": 2, "multiple_of": 32},
-}
-KINDS = [*OPTIONS, *(kind for kind in OPERATORS if kind not in OPTIONS)]
 
 
 @pytest.fixture(autouse=True)
@@ -330,32 +310,6 @@ def test_read_kernel() -> None:
     agree(read_sums, read_sums_reference, (x, out), [out])
 
 
-def model_of(kinds: str, **fields: Any) -> HybridLM:
-    options = {kind: OPTIONS.get(kind, {"head_dim": 32}) for kind in set(kinds.split())}
-    sizes = {"hidden_size": 96, "vocab_size": VOCABULARY, "operators": kinds, "options": options, **fields}
-    model = build_model(make_architecture(**sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model
-
-
-def follow(model: HybridLM, plan: DecodePlan, tokens: Tensor, start: int) -> None:
-    """Feed ``tokens`` from ``start`` on and compare each step's logits with the model's forward."""
-    want = model(tokens)
-    for i in range(start, tokens.shape[1]):
-        plan.feed(tokens[:, i])
-        plan.step()
-        torch.testing.assert_close(plan.logits, want[:, i], rtol=1e-3, atol=1e-3)
-        assert torch.equal(plan.token, plan.logits.argmax(-1))
-
-
-def poison(plan: DecodePlan) -> None:
-    for chain in plan.chains:
-        for name in {"k", "v"} & set(chain.state):
-            chain.state[name][:, :, int(plan.position) :] = torch.nan
-
-
 @interpreted
 def test_kernels_make_a_plan() -> None:
     options = {"a": {"head_dim": 16, "kv_heads": 1}, "m2": {"head_dim": 16, "state": 16}, "f": {"multiple_of": 32}}
@@ -364,104 +318,3 @@ def test_kernels_make_a_plan() -> None:
     poison(plan)
     with torch.no_grad():
         follow(model, plan, torch.randint(VOCABULARY, (1, 2)), 0)
-
-
-plain = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
-
-
-@plain
-@pytest.mark.parametrize("kinds", [*KINDS, "a f d m2 f w gd kda gl r7 m f"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_plan_follows_the_model(kinds: str, batch: int) -> None:
-    model = model_of(kinds, meta_tokens=3 * (batch == 1), tie_embeddings=batch == 1)
-    plan = DecodePlan(model, batch, 20, TORCH)
-    poison(plan)
-    with torch.no_grad():
-        follow(model, plan, torch.randint(VOCABULARY, (batch, 12)), 0)
-        plan.begin()
-        follow(model, plan, torch.randint(VOCABULARY, (batch, 12)), 0)
-    assert int(plan.position) == 12 + plan.meta
-
-
-@plain
-@pytest.mark.parametrize("prompt", [1, 2, 9])
-def test_plan_goes_on_from_a_prefill(prompt: int) -> None:
-    model = model_of("a d w m2 m gl r7 gd kda hg f", meta_tokens=2)
-    plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
-    state = model.allocate_state(2, 20)
-    with torch.no_grad():
-        model.prefill(tokens[:, :prompt], state)
-        plan.load(state, tokens[:, prompt])
-        poison(plan)
-        follow(model, plan, tokens, prompt)
-
-
-@plain
-def test_plan_feeds_its_own_tokens_back() -> None:
-    model = model_of("d a f")
-    plan = DecodePlan(model, 1, 10, TORCH)
-    tokens = [0]
-    with torch.no_grad():
-        for _ in range(5):
-            plan.step()
-            tokens.append(int(plan.token))
-        assert model(torch.tensor([tokens[:-1]])).argmax(-1)[0].tolist() == tokens[1:]
-
-
-@plain
-def test_equal_fusion() -> None:
-    plan = DecodePlan(model_of(" ".join(OPTIONS)), 1, 8, TORCH)
-    mixers = dict.fromkeys(OPTIONS, 3)
-    assert plan.kernels == {**mixers, "m": 4, "f": 2, "head": 2}
-    assert plan.kernels_per_token == (len(OPTIONS) - 1) * 3 + 1 + 2 + 2
-    assert not plan.plain
-
-
-@plain
-def test_kind_without_kernels_runs_its_own_step(monkeypatch) -> None:
-    monkeypatch.delitem(CHAINS, layers.GatedDeltaNet)
-    model = model_of("gd f", meta_tokens=2)
-    plan, tokens = DecodePlan(model, 2, 20, TORCH), torch.randint(VOCABULARY, (2, 14))
-    assert plan.plain == {"gd"}
-    state = model.allocate_state(2, 20)
-    with torch.no_grad():
-        follow(model, plan, tokens, 0)
-        model.prefill(tokens[:, :5], state)
-        plan.load(state, tokens[:, 5])
-        follow(model, plan, tokens, 5)
-
-
-@plain
-def test_plan_refuses_what_it_cannot_do() -> None:
-    model = model_of("a f", meta_tokens=2)
-    for batch, length in ((0, 8), (1, 0)):
-        with pytest.raises(UsageError):
-            DecodePlan(model, batch, length, TORCH)
-    plan = DecodePlan(model, 1, 8, TORCH)
-    for tokens in (-1, 8):
-        with pytest.raises(UsageError):
-            plan.seek(tokens)
-    with pytest.raises(UsageError, match="2 x 10"):
-        plan.load(model.allocate_state(2, 8), torch.zeros(2, dtype=torch.int64))
-    plan.seek(7)
-    plan.step()
-    plan.check()
-    plan.step()
-    with pytest.raises(UsageError, match="11 tokens decoded into 10"):
-        plan.check()
-    with pytest.raises(UsageError, match="float64"):
-        DecodePlan(model.double(), 1, 8, TORCH)
-
-
-@plain
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without a GPU")
-def test_graph_needs_a_gpu() -> None:
-    with pytest.raises(EnvironmentUnfit):
-        DecodeGraph(model_of("f"), 1, 8)
-
-
-@plain
-def test_kernels_of_larger_batches_are_counted() -> None:
-    plan = DecodePlan(model_of("a d f"), 2, 8, TRITON)
-    assert plan.kernels == {"a": 4, "d": 5, "f": 4, "head": 4}
-    assert plan.kernels_per_token == 4 + 5 + 4 + 4

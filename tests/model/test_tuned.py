@@ -89,15 +89,25 @@ def test_what_asks_for_more_memory_than_there_is_is_passed_over(tuner, monkeypat
     assert launch(tuner, 16, 128) == [32]
 
 
-def test_a_key_that_is_not_alike_is_tuned_once_and_then_serves_its_likes(tuner, monkeypatch):
+def test_a_key_that_is_not_alike_is_tuned_once_kept_and_serves_its_likes(tuner, monkeypatch, tmp_path):
     def benchmark(call, quantiles, **limits):
         call()
         return [1.0] * len(quantiles)
 
     active = type("Driver", (), {"get_benchmarker": lambda self: benchmark})()
     monkeypatch.setattr(tuned.driver, "_active", active, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert launch(tuner, 4, 64, gated=False) == [32, 64, 32]
     assert launch(tuner, 5, 64, gated=False) == [32]
+    tuned.remember()
+    assert not tuned.Choice.missed
+    kept = json.loads(tuned.own_file().read_text())["kernels"]["kernel"]
+    assert [4, 64, False, "torch.float32"] in [entry["key"] for entry in kept]
+    assert launch(tuner, 6, 64, gated=False) == [32]
+    tuned.own_file().unlink()
+    tuned.remember()
+    assert not tuned.own_file().exists(), "nothing new was tuned"
 
 
 def test_what_is_written_is_read_and_given_to_the_tuners(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from archsearch.config import ProxyConfig
 from archsearch.errors import StorageError
 from archsearch.proxy import checkpoint as module
 from archsearch.proxy.checkpoint import Progress, UnfitCheckpoint, load_checkpoint, save_checkpoint
-from archsearch.proxy.trainer import ProxyResult, train_proxy
+from archsearch.proxy.result import ProxyResult
+from archsearch.proxy.trainer import train_proxy
 
 TINY = make_architecture(
     hidden_size=32,

@@ -14,7 +14,7 @@ from archsearch.proxy.feed import feed
 from archsearch.proxy.windows import Windows, permute, validation_windows
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(length=st.integers(20, 400), context=st.integers(2, 9), seed=st.integers(0, 5), batch=st.integers(1, 7))
 def test_window_order_does_not_depend_on_the_batch_size(length: int, context: int, seed: int, batch: int) -> None:
     tokens = np.arange(length).astype(np.uint8)
@@ -50,7 +50,7 @@ def test_validation_windows_are_spread_and_disjoint(wanted: int) -> None:
     assert np.all(starts % 10 == 0)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 99))
 def test_permutation_visits_everything_once(size: int, seed: int) -> None:
     found = permute(np.arange(size), size, (seed, 0))

@@ -15,7 +15,8 @@ from archsearch.errors import ConfigError
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.proxy import step, trainer
 from archsearch.proxy.loss import token_loss
-from archsearch.proxy.result import NonFiniteLoss, train_proxy
+from archsearch.proxy.result import NonFiniteLoss
+from archsearch.proxy.trainer import train_proxy
 
 TINY = make_architecture(
     hidden_size=32,

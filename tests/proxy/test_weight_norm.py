@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ from archsearch.operators import OPERATORS
 from archsearch.proxy.trainer import train_proxy
 from archsearch.proxy.weight_norm import WeightNormalization
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPTIONS: dict[str, dict[str, Any]] = {
     kind: {"head_dim": 12} if "head_dim" in config.model_fields else {} for kind, config in OPERATORS.items()
 }
@@ -70,28 +66,3 @@ def test_training_keeps_the_norms_and_learns() -> None:
     assert result.loss < result.curve[0][1] < 5.5
     norms = result.model.embed_tokens.weight.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones_like(norms))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what starts this process")
-def test_in_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "kernels", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert ".." in done.stdout, "the tests of the kernels were skipped"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or Triton's interpreter")
-@pytest.mark.parametrize("hidden", [48, 144])
-def test_kernels_do_what_torch_does(hidden: int) -> None:
-    model = model_of("a f m2 d gl", tied=False, hidden=hidden)
-    model.layers[1].op.up_proj.weight.data[2] = 0
-    expected = copy.deepcopy(model)
-    WeightNormalization(expected)()
-    model.to("cpu" if INTERPRETED else "cuda")
-    WeightNormalization(model).launch()
-    for name, weight in expected.named_parameters():
-        torch.testing.assert_close(
-            model.get_parameter(name).cpu(), weight, msg=lambda text, name=name: f"{name}: {text}"
-        )

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from optuna.trial import TrialState
-from scipy import stats
 
 from archsearch.errors import SearchStopped
 from archsearch.evaluation import Evaluation, Outcome
@@ -21,7 +20,7 @@ from archsearch.search.history import HistoryReader
 from archsearch.search.ledger import Ledger, distributions
 from archsearch.search.loop import Search, run_search
 from archsearch.search.pareto import front as pareto_front
-from archsearch.search.rungs import Rungs, fit_line, savings
+from archsearch.search.rungs import Rungs, fit_forecast, savings
 from archsearch.search.study import Candidate, candidates, front, open_study
 from tests.search.fakes import RUNGS, FakeEvaluator, RungEvaluator, make_config, objectives_of
 from tests.search.test_resume import Killed, killing, table
@@ -45,23 +44,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return search(tmp_path_factory.mktemp("rungs") / "run")
 
 
-def test_a_prediction_misses_as_often_as_it_says() -> None:
+def test_a_forecast_misses_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     missed = 0
     for _ in range(2000):
-        early = rng.normal(3, 0.3, 13)
-        last = 0.8 * early + 0.1 + rng.normal(0, 0.05, 13)
-        line = fit_line(list(zip(early[:12], last[:12], strict=True)), 0.9)
-        assert line is not None
-        missed += last[12] < line.expected(early[12]) - line.margin(early[12])
+        early, cost = rng.normal(3, 0.3, 13), rng.normal(1, 0.5, 13)
+        last = 0.8 * early - 0.2 * cost + 0.1 + rng.normal(0, 0.05, 13)
+        rows = np.column_stack([np.ones(13), early, cost]).tolist()
+        found = fit_forecast(rows[:12], last[:12].tolist(), 0.9)
+        assert found is not None
+        missed += last[12] < found.expected(rows[12]) - found.margin(rows[12])
     assert missed / 2000 == pytest.approx(0.1, abs=0.02)
-    known = stats.linregress(early[:12], last[:12])
-    assert (line.slope, line.intercept) == pytest.approx((known.slope, known.intercept))
+    known = np.linalg.lstsq(np.array(rows[:12]), last[:12], rcond=None)[0]
+    assert found.weights == pytest.approx(known)
 
 
-@pytest.mark.parametrize("pairs", [[(3.0, 2.0)] * 5, [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0), (4.0, 0.5)]])
-def test_losses_that_foretell_nothing_give_no_line(pairs: list[tuple[float, float]]) -> None:
-    assert fit_line(pairs, 0.95) is None
+def test_sizes_of_any_unit_and_constant_ones_are_taken() -> None:
+    rng = np.random.default_rng(0)
+    early = rng.normal(3, 0.3, 12)
+    last = 0.8 * early + 0.1
+    for cost in (np.full(12, 20.0), np.zeros(12), 1e-9 * rng.random(12), 1e9 + 1e8 * rng.random(12)):
+        found = fit_forecast(np.column_stack([np.ones(12), early, cost]).tolist(), last.tolist(), 0.9)
+        assert found is not None
+        assert found.expected([1.0, 3.0, float(cost[0])]) == pytest.approx(2.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [[(3.0, 2.0)] * 6, [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0), (4.0, 0.5)], [(1.0, 1.0), (2.0, 2.0), (3.0, 3.1)]],
+    ids=["all equal", "falling", "too few"],
+)
+def test_losses_that_foretell_nothing_give_no_forecast(pairs: list[tuple[float, float]]) -> None:
+    assert fit_forecast([[1.0, early] for early, _ in pairs], [last for _, last in pairs], 0.95) is None
 
 
 def test_nobody_stops_before_enough_have_ended(folder: RunFolder) -> None:

@@ -58,42 +58,37 @@ class _Convolve(torch.autograd.Function):
         *parameters, dims, normed = rest
         if x.stride(-1) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
             x = x.contiguous()
-        weights = [t.contiguous() for t in parameters[:3]]
-        ctx.save_for_backward(x, *weights, *parameters[3:])
-        ctx.dims, ctx.normed = dims, normed
-        out = [x.new_empty(*x.shape[:2], len(weight) // dim, dim) for weight, dim in zip(weights, dims, strict=True)]
-        grid, sizes = _launch(x, out, normed)
-        taps = {"TAPS": weights[0].shape[-1], "BIAS": parameters[3] is not None}
-        biases = parameters[3:] if taps["BIAS"] else weights  # a kernel takes no None; these are never read
-        _forward[grid](x, *weights, *biases, *out, x.shape[1], x.stride(1), **sizes, **taps)
+        widths = [len(weight) for weight in parameters[:3]]
+        # tap by tap, so that neighbouring lanes read neighbouring numbers
+        weight = torch.cat([t.flatten(1) for t in parameters[:3]]).T.contiguous()
+        bias = None if parameters[3] is None else torch.cat(parameters[3:])
+        ctx.save_for_backward(x, weight, bias)
+        ctx.widths, ctx.dims, ctx.normed = widths, dims, normed
+        out = [x.new_empty(*x.shape[:2], width // dim, dim) for width, dim in zip(widths, dims, strict=True)]
+        grid, sizes = _launch(x, weight, bias, out, normed)
+        _forward[grid](x, weight, weight if bias is None else bias, *out, x.shape[1], x.stride(1), x.shape[-1], **sizes)
         return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        weights = parameters[:3]
+        x, weight, bias = ctx.saved_tensors
         grads = tuple(grad.contiguous() for grad in grads)
-        grid, sizes = _launch(x, list(grads), ctx.normed)
-        taps = {"TAPS": weights[0].shape[-1], "BIAS": parameters[3] is not None}
-        biases = parameters[3:] if taps["BIAS"] else weights
-        dx = x.new_empty(x.shape)
+        grid, sizes = _launch(x, weight, bias, list(grads), ctx.normed)
+        taps, channels = weight.shape
+        inner, dx = x.new_empty(x.shape), x.new_empty(x.shape)
+        lengths = x.shape[1], x.stride(1), channels
+        _activation_backward[grid](x, weight, weight if bias is None else bias, *grads, inner, *lengths, **sizes)
         # a row of blocks each, added up below: no atomics, so the same inputs give the same bits
-        number = triton.next_power_of_2(taps["TAPS"] + 1)
-        partial = x.new_empty(grid[0] * grid[2], x.shape[-1], number, dtype=torch.float32)
-        _backward[grid](
-            x, *weights, *biases, *grads, dx, partial, x.shape[1], x.stride(1), x.shape[-1], SUMS=number,
-            **sizes, **taps,
-        )  # fmt: skip
-        total = partial.sum(0)
-        found = total.split([len(weight) for weight in weights])
-        d_weights = [t[:, None, : w.shape[-1]].to(w.dtype) for t, w in zip(found, weights, strict=True)]
-        d_biases = [
-            None if b is None else t[:, taps["TAPS"]].to(b.dtype) for t, b in zip(found, parameters[3:], strict=True)
-        ]
-        return dx, *d_weights, *d_biases, None, None
+        partial = x.new_empty(grid[0] * grid[2], taps + 1, channels, dtype=torch.float32)
+        _convolution_backward[grid](x, weight, inner, dx, partial, *lengths, **sizes)
+        found = partial.sum(0).split(ctx.widths, dim=-1)
+        d_weights = [t[:-1].T[:, None].to(weight.dtype) for t in found]
+        return dx, *d_weights, *([None] * 3 if bias is None else [t[-1].to(bias.dtype) for t in found]), None, None
 
 
-def _launch(x: Tensor, parts: list[Tensor], normed: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Tensor], normed: int
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and sizes: a program takes ``STEPS`` times ``ROWS`` tokens of one head."""
     heads, dims = [t.shape[2] for t in parts], [t.shape[3] for t in parts]
     sizes: dict[str, Any] = {f"H{i}": n for i, n in enumerate(heads)} | {f"D{i}": n for i, n in enumerate(dims)}
@@ -101,25 +96,28 @@ def _launch(x: Tensor, parts: list[Tensor], normed: int) -> tuple[tuple[int, int
     rows = max(1, TILE // block)
     sizes |= {"BLOCK": block, "ROWS": rows, "NORMED": sum(heads[:normed]), "EPS": L2_EPS, "num_warps": 4}
     steps = min(STEPS, triton.cdiv(x.shape[1], rows))
-    return (triton.cdiv(x.shape[1], steps * rows), sum(heads), x.shape[0]), sizes | {"STEPS": steps}
+    sizes |= {"STEPS": steps, "TAPS": len(weight), "BIAS": bias is not None}
+    return (triton.cdiv(x.shape[1], steps * rows), sum(heads), x.shape[0]), sizes
 
 
 @triton.jit
-def _activated(x, weight, bias, t, inside, length, stride, TAPS: tl.constexpr, BIAS: tl.constexpr):
-    """The convolution's outputs before SiLU at tokens ``t`` [ROWS, 1] of the channels that the pointers name."""
-    y = tl.zeros(inside.shape, dtype=tl.float32)
+def _activated(x, weight, bias, t, lane, dim, length, stride, channels, TAPS: tl.constexpr, BIAS: tl.constexpr):
+    """The convolution's outputs before SiLU at tokens ``t`` [ROWS, 1] of the head that the pointers name."""
+    # weights are read for every token of the tile: one row of them would have to change its place among the threads
+    inside, column = lane < dim, lane + 0 * t
+    y = tl.zeros(column.shape, dtype=tl.float32)
     for tap in tl.static_range(TAPS):
         s = t + (tap - TAPS + 1)
-        value = tl.load(x + s * stride, mask=inside & (s >= 0) & (s < length), other=0.0).to(tl.float32)
-        y += value * tl.load(weight + tap).to(tl.float32)
+        value = tl.load(x + s * stride + lane, mask=inside & (s >= 0) & (s < length), other=0.0).to(tl.float32)
+        y += value * tl.load(weight + tap * channels + column, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
-        y += tl.load(bias).to(tl.float32)
+        y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return y
 
 
 @triton.jit
 def _forward(
-    x, w0, w1, w2, b0, b1, b2, y0, y1, y2, length, stride,
+    x, weight, bias, y0, y1, y2, length, stride, channels,
     H0: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
     TAPS: tl.constexpr, BIAS: tl.constexpr,
@@ -127,74 +125,106 @@ def _forward(
     head, first = tl.program_id(1), tl.program_id(2).to(tl.int64) * length
     lane = tl.arange(0, BLOCK)[None, :]
     if head < H0:
-        dim, at, weight, bias, start = D0, head * D0, w0, b0, 0
+        dim, at, start = D0, head * D0, 0
         to, width = y0 + first * H0 * D0, H0 * D0
     elif head < H0 + H1:
-        dim, at, weight, bias, start = D1, (head - H0) * D1, w1, b1, H0 * D0
+        dim, at, start = D1, (head - H0) * D1, H0 * D0
         to, width = y1 + first * H1 * D1, H1 * D1
     else:
-        dim, at, weight, bias, start = D2, (head - H0 - H1) * D2, w2, b2, H0 * D0 + H1 * D1
+        dim, at, start = D2, (head - H0 - H1) * D2, H0 * D0 + H1 * D1
         to, width = y2 + first * H2 * D2, H2 * D2
-    # lanes past the head read its first channel, and nothing of theirs is stored
-    channel = at + tl.where(lane < dim, lane, 0)
-    here = x + first * stride + start + channel
+    channel = start + at
+    here, weight, bias, to = x + first * stride + channel, weight + channel, bias + channel, to + at
     for step in range(STEPS):
         t = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
-        inside = (t < length) & (lane < dim)
-        y = _activated(here, weight + channel * TAPS, bias + channel, t, inside, length, stride, TAPS, BIAS)
+        y = _activated(here, weight, bias, t, lane, dim, length, stride, channels, TAPS, BIAS)
         y = y * tl.sigmoid(y)
         if head < NORMED:
-            y = tl.where(inside, y, 0.0)
             y *= tl.rsqrt(tl.sum(y * y, 1) + EPS)[:, None]
-        tl.store(to + t * width + channel, y.to(y0.dtype.element_ty), mask=inside)
+        tl.store(to + t * width + lane, y.to(y0.dtype.element_ty), mask=(t < length) & (lane < dim))
 
 
 @triton.jit
-def _backward(
-    x, w0, w1, w2, b0, b1, b2, g0, g1, g2, dx, partial, length, stride, channels,
+def _activation_backward(
+    x, weight, bias, g0, g1, g2, inner, length, stride, channels,
     H0: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
-    TAPS: tl.constexpr, BIAS: tl.constexpr, SUMS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    """The gradient between convolution and SiLU, back through norm and SiLU: ``inner`` [B, T, channels]."""
     head, first = tl.program_id(1), tl.program_id(2).to(tl.int64) * length
     lane = tl.arange(0, BLOCK)[None, :]
     if head < H0:
-        dim, at, weight, bias, start = D0, head * D0, w0, b0, 0
+        dim, at, start = D0, head * D0, 0
         grad, width = g0 + first * H0 * D0, H0 * D0
     elif head < H0 + H1:
-        dim, at, weight, bias, start = D1, (head - H0) * D1, w1, b1, H0 * D0
+        dim, at, start = D1, (head - H0) * D1, H0 * D0
         grad, width = g1 + first * H1 * D1, H1 * D1
     else:
-        dim, at, weight, bias, start = D2, (head - H0 - H1) * D2, w2, b2, H0 * D0 + H1 * D1
+        dim, at, start = D2, (head - H0 - H1) * D2, H0 * D0 + H1 * D1
         grad, width = g2 + first * H2 * D2, H2 * D2
-    channel = at + tl.where(lane < dim, lane, 0)
-    here = x + first * stride + start + channel
-    # sums over tokens [SUMS, BLOCK]: one row a tap, one for the bias
-    sums = tl.zeros((SUMS, BLOCK), dtype=tl.float32)
-    index = tl.arange(0, SUMS)[:, None]
+    channel = start + at
+    here, weight, bias, grad = x + first * stride + channel, weight + channel, bias + channel, grad + at
+    to = inner + first * channels + channel
     for step in range(STEPS):
         t = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)[:, None]
         inside = (t < length) & (lane < dim)
-        value = tl.load(here + t * stride, mask=inside, other=0.0).to(tl.float32)
+        y = _activated(here, weight, bias, t, lane, dim, length, stride, channels, TAPS, BIAS)
+        sigmoid = tl.sigmoid(y)
+        d = tl.load(grad + t * width + lane, mask=inside, other=0.0).to(tl.float32)
+        if head < NORMED:
+            z = y * sigmoid
+            scale = tl.rsqrt(tl.sum(z * z, 1) + EPS)[:, None]
+            z *= scale
+            d = scale * (d - z * tl.sum(d * z, 1)[:, None])
+        d *= sigmoid * (1 + y * (1 - sigmoid))
+        tl.store(to + t * channels + lane, d.to(inner.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _convolution_backward(
+    x, weight, inner, dx, partial, length, stride, channels,
+    H0: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
+    TAPS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the inputs, and of weights and biases as sums over this program's tokens: ``partial``
+    [programs, TAPS + 1, channels].
+    """
+    head, first = tl.program_id(1), tl.program_id(2).to(tl.int64) * length
+    lane = tl.arange(0, BLOCK)[None, :]
+    if head < H0:
+        dim, channel = D0, head * D0
+    elif head < H0 + H1:
+        dim, channel = D1, H0 * D0 + (head - H0) * D1
+    else:
+        dim, channel = D2, H0 * D0 + H1 * D1 + (head - H0 - H1) * D2
+    weight, inner = weight + channel, inner + first * channels + channel
+    here, to = x + first * stride + channel, dx + first * channels + channel
+    begin = tl.program_id(0) * STEPS * ROWS
+    for step in range(STEPS):
+        t = begin + step * ROWS + tl.arange(0, ROWS)[:, None]
         total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        for later in range(TAPS):  # not unrolled: that took 12 s to compile
+        for later in tl.static_range(TAPS):
             # token s = t + later saw token t through tap TAPS - 1 - later
             s = t + later
-            reach = (s < length) & (lane < dim)
-            y = _activated(here, weight + channel * TAPS, bias + channel, s, reach, length, stride, TAPS, BIAS)
-            sigmoid = tl.sigmoid(y)
-            d = tl.load(grad + s * width + channel, mask=reach, other=0.0).to(tl.float32)
-            if head < NORMED:
-                z = tl.where(reach, y * sigmoid, 0.0)
-                scale = tl.rsqrt(tl.sum(z * z, 1) + EPS)[:, None]
-                z *= scale
-                d = scale * (d - z * tl.sum(d * z, 1)[:, None])
-            d = tl.where(reach, d * sigmoid * (1 + y * (1 - sigmoid)), 0.0)
-            total += d * tl.load(weight + channel * TAPS + TAPS - 1 - later).to(tl.float32)
-            sums += tl.where(index == TAPS - 1 - later, tl.sum(d * value, 0)[None, :], 0.0)
-            if BIAS and later == 0:
-                sums += tl.where(index == TAPS, tl.sum(d, 0)[None, :], 0.0)
-        to = dx + first * channels + start + channel
-        tl.store(to + t * channels, total.to(dx.dtype.element_ty), mask=inside)
-    to = partial + (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels * SUMS
-    tl.store(to + (start + channel) * SUMS + index, sums, mask=lane < dim)
+            d = tl.load(inner + s * channels + lane, mask=(s < length) & (lane < dim), other=0.0).to(tl.float32)
+            tap = weight + (TAPS - 1 - later) * channels + lane + 0 * t
+            total += d * tl.load(tap, mask=lane < dim, other=0.0).to(tl.float32)
+        tl.store(to + t * channels + lane, total.to(dx.dtype.element_ty), mask=(t < length) & (lane < dim))
+    row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    out = partial + row.to(tl.int64) * channels * (TAPS + 1) + channel
+    for later in range(TAPS):
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        for step in range(STEPS):
+            t = begin + step * ROWS + tl.arange(0, ROWS)[:, None]
+            known = (t + later < length) & (lane < dim)
+            d = tl.load(inner + (t + later) * channels + lane, mask=known, other=0.0).to(tl.float32)
+            total += d * tl.load(here + t * stride + lane, mask=known, other=0.0).to(tl.float32)
+        tl.store(out + (TAPS - 1 - later) * channels + lane, tl.sum(total, 0)[None, :], mask=lane < dim)
+    if BIAS:
+        total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+        for step in range(STEPS):
+            t = begin + step * ROWS + tl.arange(0, ROWS)[:, None]
+            total += tl.load(inner + t * channels + lane, mask=(t < length) & (lane < dim), other=0.0).to(tl.float32)
+        tl.store(out + TAPS * channels + lane, tl.sum(total, 0)[None, :], mask=lane < dim)

@@ -46,6 +46,12 @@ class RMSNorm(nn.Module):
         x, gate = parts
         return norm(x, self.weight, self.eps, gate, gate_first=gate_first, dtype=dtype).flatten(-2)
 
+    def after(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + added`` and its norm, both like ``x``, by one kernel."""
+        from archsearch.model.fused.residual import add_norm
+
+        return add_norm(x, added, self.weight, self.eps)
+
 
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution over time, then SiLU.

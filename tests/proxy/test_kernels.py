@@ -1,7 +1,8 @@
-"""The fused linear cross-entropy against torch's; on a CPU in Triton's interpreter, in a process of its own."""
+"""The kernels of the training step against torch; on a CPU in Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from archsearch.architecture import make_architecture
+from archsearch.model.hybrid import build_model
 from archsearch.proxy import kernels
 from archsearch.proxy.cross_entropy import LinearCrossEntropy
+from archsearch.proxy.weight_norm import WeightNormalization
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -74,3 +78,19 @@ def test_without_gradient_and_with_infinite_logits() -> None:
     poisoned = rows.detach().clone()
     poisoned[3] = float("inf")
     assert not torch.isfinite(LinearCrossEntropy.apply(poisoned.requires_grad_(), weight, targets, True))
+
+
+@pytest.mark.gpu
+@runs_kernels
+@pytest.mark.parametrize("hidden", [48, 144])
+def test_normalized_rows_and_columns(hidden: int) -> None:
+    options = {"a": {"head_dim": 12}, "gl": {"head_dim": 12}, "f": {"multiple_of": 20}}
+    model = build_model(
+        make_architecture(hidden_size=hidden, vocab_size=256, operators="a f gl", options=options, tie_embeddings=False)
+    )
+    model.layers[1].op.up_proj.weight.data[2] = 0
+    expected = copy.deepcopy(model)
+    WeightNormalization(expected)()
+    WeightNormalization(model.to(DEVICE)).launch()
+    for name, weight in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).cpu(), weight)

@@ -10,7 +10,7 @@ import pytest
 
 from archsearch.evaluation import Outcome
 from benchmarks import stopping
-from benchmarks.search import load_table
+from benchmarks.tables import load_table
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("rule", ["none", "clear 0.8", "quota 2", "robust 0.8", "mute 0.8"])
+@pytest.mark.parametrize("rule", ["none", "clear 0.8", "quota 2", "bare 0.8", "mute 0.8"])
 def test_every_rule_keeps_the_budget(path: str, rule: str) -> None:
     job = stopping.Job(path, ("error", "latency"), (("error_early", 0.1),), 0, rule, seed=1, budget=25.0)
     name, course, stopped, evaluations = job.run()
