@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 
 from archsearch.architecture import Architecture
@@ -29,7 +30,7 @@ from archsearch.search.progress import Reason, Standing, Summary
 from archsearch.search.reporter import OnProgress, Reporter
 from archsearch.search.rungs import Rungs
 from archsearch.search.samplers import make_sampler
-from archsearch.search.study import is_evaluated
+from archsearch.search.study import is_evaluated, is_refused
 
 POLL_SECONDS = 0.5
 MAX_REJECTED = 100
@@ -171,14 +172,16 @@ class Search:
                 name = self._config.search.sampler
                 self._ended = ("exhausted", f"sampler {name} proposed nothing new {MAX_REJECTED} times in a row")
             return False
-        sampler = self._sampler_for(len(self._ledger.trials))
+        trials = self._ledger.trials
+        sampler = self._sampler_for(len(trials), bool(trials) and is_refused(trials[-1]))
         try:
             trial = self._ledger.propose(sampler)
         except SpaceExhausted as error:
             self._ended = ("exhausted", error.cause)
             return False
         lineage = sampler.lineage(trial.number) if isinstance(sampler, AgingEvolutionSampler) else {}
-        self._enter(executor, trial, lineage or {"kind": self._config.search.sampler})
+        kind = "random" if isinstance(sampler, RandomSampler) else self._config.search.sampler
+        self._enter(executor, trial, lineage or {"kind": kind})
         return True
 
     def _enter(self, executor: Executor, trial: FrozenTrial, lineage: dict[str, Any]) -> None:

@@ -18,8 +18,10 @@ from optuna.samplers import BaseSampler
 from archsearch.config import RunConfig
 from archsearch.search.aging import AgingEvolutionSampler
 
-SamplerFor = Callable[[int], BaseSampler]
-"""The number of genomes proposed before, to the sampler that proposes the next."""
+SamplerFor = Callable[[int, bool], BaseSampler]
+"""The number of genomes proposed before, and whether the last of them was refused, to the sampler of the next."""
+RELIEF = 4
+"""One in so many proposals after a refused one is random, where the sampler learns nothing from refusals."""
 
 
 def make_sampler(config: RunConfig) -> SamplerFor:
@@ -27,17 +29,20 @@ def make_sampler(config: RunConfig) -> SamplerFor:
 
     ``gp`` imports torch into this process, because Optuna's own sampler is written in it; it is the
     only choice that does. Its objectives are all modelled, so it slows down from some hundred trials on.
+
+    Optuna's samplers learn nothing from an infeasible genome, and may propose its like for ever; random genomes
+    among theirs bring them on.
     """
     if config.search.sampler == "aging":
         aging = _aging(config)
-        return lambda count: aging
+        return lambda count, refused: aging
     make = _OPTUNA[config.search.sampler]
 
-    def sampler_for(count: int) -> BaseSampler:
+    def sampler_for(count: int, refused: bool) -> BaseSampler:
         seed = int(np.random.SeedSequence([config.search.seed, count]).generate_state(1)[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return make(seed, config)
+            return (_random if refused and count % RELIEF == 0 else make)(seed, config)
 
     return sampler_for
 

@@ -56,6 +56,11 @@ def is_evaluated(trial: FrozenTrial) -> bool:
     return ended and "architecture" in trial.user_attrs and "duplicate_of" not in trial.user_attrs
 
 
+def is_refused(trial: FrozenTrial) -> bool:
+    """Whether a trial is a proposal that broke a limit of the space before anything ran."""
+    return outcome_of(trial) is Outcome.INFEASIBLE and "architecture" not in trial.user_attrs
+
+
 def open_study(folder: RunFolder) -> optuna.Study:
     """The study of a run, for reading; safe beside a running search.
 

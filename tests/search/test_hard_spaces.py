@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from archsearch.architecture import Architecture
-from archsearch.config import RunConfig
+from archsearch.architecture import SPACES, Architecture
+from archsearch.config import RunConfig, load_config
 from archsearch.evaluation import Evaluation, Outcome
 from archsearch.search.executors import InlineExecutor
 from archsearch.search.ledger import Ledger
 from archsearch.search.loop import Search
 from archsearch.search.progress import Summary
+from archsearch.search.study import is_refused
 from tests.search.fakes import SPACE, FakeEvaluator, make_config
 from tests.search.test_loop import TINY
 
@@ -41,6 +42,17 @@ def test_a_space_in_which_almost_nothing_is_feasible_ends_clearly(mode: str) -> 
     assert 0 < summary.progress.done <= 12
     outcomes = [trial.user_attrs["outcome"] for trial in ledger.trials if trial.params]
     assert outcomes == [Outcome.OK] * summary.progress.done
+
+
+def test_a_sampler_that_learns_nothing_from_refusals_is_brought_on() -> None:
+    hybrid = load_config(SPACES / "hybrid.yaml").space.model_copy(update={"seeds": ()})
+    config = make_config(hybrid.model_dump(mode="json"), sampler="tpe", evaluations=40)
+    summary, ledger = search(config)
+    assert (summary.reason, summary.progress.done) == ("finished", 40)
+    kinds = [trial.user_attrs["lineage"]["kind"] for trial in ledger.trials]
+    assert {"tpe", "random"} == set(kinds)
+    refused = [is_refused(trial) for trial in ledger.trials]
+    assert all(refused[i - 1] for i, kind in enumerate(kinds) if kind == "random")
 
 
 def constant(architecture: Architecture, *, seed: int) -> Evaluation:

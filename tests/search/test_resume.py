@@ -166,7 +166,7 @@ def _lines(path: Path) -> int:
 def test_a_result_on_disk_is_told_without_running_again(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", make_config(evaluations=6))
     ledger = Ledger(folder.config, folder)
-    trial = ledger.propose(make_sampler(folder.config)(0))
+    trial = ledger.propose(make_sampler(folder.config)(0, False))
     architecture = folder.config.space.build(trial.params)
     attributes = {"architecture": architecture.id, "notation": architecture.notation, "lineage": {}, "attempts": 1}
     ledger.enter(trial.number, attributes)

@@ -26,7 +26,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_name_makes_its_sampler(name: str) -> None:
-    assert isinstance(make_sampler(make_config(sampler=name))(0), KINDS[name])
+    assert isinstance(make_sampler(make_config(sampler=name))(0, False), KINDS[name])
 
 
 @pytest.mark.parametrize("name", ["aging", "tpe", "nsga2", "random"])
@@ -46,7 +46,7 @@ def test_a_seed_gives_one_sequence_and_another_seed_another(name: str) -> None:
 def test_objectives_known_beforehand_are_used(mode: str) -> None:
     aging = {"mode": mode, "population_size": 4}
     config = make_config(evaluations=7, aging=aging, objectives=["loss", "parameters", "state_bytes"])
-    calls = make_sampler(config)(0)
+    calls = make_sampler(config)(0, False)
     genome = {name: choices[0] for name, choices in config.space.genes.items()}
     architecture = config.space.build(genome)
     assert isinstance(calls, AgingEvolutionSampler)
@@ -61,13 +61,13 @@ def test_the_papers_mode_aims_at_the_latency_limit() -> None:
     config = make_config({**SPACE, "limits": {"decode_latency": 0.2}}, evaluations=10)
     ledger = Ledger(config)
     assert Search(config, ledger, lambda: InlineExecutor(FakeEvaluator())).run().progress.done == 10
-    assert make_sampler(config)(0)._settings.latency_target == 0.2
+    assert make_sampler(config)(0, False)._settings.latency_target == 0.2
 
 
 def test_each_part_of_ageing_evolution_is_a_setting_of_the_run() -> None:
     off = {"design": False, "ordinal": False, "adaptive": False, "surrogate": False, "descriptors": False}
     other = {"unguided": 0.5, "crossover": 0.0, "candidates": 8, "front_parents": 0.0, "max_tries": 9}
-    settings = make_sampler(make_config(aging=off | other))(0)._settings
+    settings = make_sampler(make_config(aging=off | other))(0, False)._settings
     assert {name: getattr(settings, name) for name in off | other} == off | other
     config = make_config(evaluations=12, aging={**off, "population_size": 4})
     ledger = Ledger(config)

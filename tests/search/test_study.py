@@ -100,7 +100,7 @@ def test_memory_and_file_hold_the_same_trials(tmp_path: Path, sampler: str) -> N
     ledger = Ledger(folder.config, folder)
     again = Ledger(folder.config, folder)
     assert ledger.trials == again.trials
-    number = ledger.propose(make_sampler(folder.config)(99)).number
+    number = ledger.propose(make_sampler(folder.config)(99, False)).number
     ledger.enter(number, {"architecture": "x", "attempts": 1})
     ledger.note(number, {"attempts": 2})
     ledger.finish(number, Outcome.OK, [1.0, 2.0])
