@@ -22,7 +22,7 @@ import psutil
 
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
-from archsearch.errors import ArchsearchError, InvalidArchitecture
+from archsearch.errors import ArchsearchError, InvalidArchitecture, StorageError
 from archsearch.evaluation import Evaluation, Outcome, Rung
 from archsearch.stopping import StoppingRule, Verdict
 
@@ -102,7 +102,6 @@ class ProxyEvaluator:
         record.objectives = {name: record.objectives[name] for name in objectives}
 
     def _train(self, record: _Record, device: torch.device, stopping: StoppingRule | None) -> None:
-        from archsearch.proxy.data import load_corpus
         from archsearch.proxy.rungs import Judge, Stopped
 
         judge = Judge(self.config.proxy, record.objectives, stopping)
@@ -114,10 +113,19 @@ class ProxyEvaluator:
         path = _file(self.weights, record, "weights")
         if path is not None:
             with record.phase("save"):
-                save_weights(result.model, path)
-                corpus = load_corpus(self.config.proxy, record.architecture.vocab_size)
-                if corpus.tokenizer is not None:
-                    corpus.tokenizer.save(path.parent)
+                self._save(record, result.model, path)
+
+    def _save(self, record: _Record, model: HybridLM, path: Path) -> None:
+        """Keep the weights and what tokenised their text; a full disk says nothing against the candidate."""
+        from archsearch.proxy.data import load_corpus
+
+        corpus = load_corpus(self.config.proxy, record.architecture.vocab_size)
+        try:
+            save_weights(model, path)
+            if corpus.tokenizer is not None:
+                corpus.tokenizer.save(path.parent)
+        except StorageError as error:
+            record.paths["weights"] = f"not kept: {error.cause}"
 
 
 _ended: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from archsearch import worker
 from archsearch.config import ProxyConfig, SearchConfig
 from archsearch.evaluation import Evaluation, Outcome
-from archsearch.proxy import rungs
+from archsearch.proxy import checkpoint, rungs
 from archsearch.stopping import Forecast, StoppingRule
 from archsearch.worker import ProxyEvaluator
 from tests.test_worker import CANDIDATE, config_of
@@ -104,6 +105,18 @@ def test_a_worker_without_the_run_folder_says_so(whole: Evaluation, tmp_path: Pa
     assert found.objectives == whole.objectives
     note = "not kept: the run folder is not on this machine"
     assert (found.paths["weights"], found.paths["checkpoint"]) == (note, note)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_says_nothing_against_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    found = evaluate(PROXY | {"tokens": 1024}, weights=tmp_path)
+    assert (found.outcome, set(found.objectives)) == (Outcome.OK, {"loss"})
+    assert found.paths["weights"].startswith("not kept: cannot write ")
+    assert "No space left" in found.paths["weights"]
     assert list(tmp_path.iterdir()) == []
 
 
