@@ -110,7 +110,7 @@ class Job:
         # A third objective bears the name of one that the shipped loop computes from the architecture.
         if self.label not in ALGORITHMS or (self.label == "aging" and len(self.task.objectives) > 2):
             variant = self._variant(problem)
-            search._sampler_for = lambda count: variant
+            search._sampler_for = lambda count, refused: variant
         if (summary := search.run()).reason not in ("finished", "exhausted"):
             raise RuntimeError(summary.message)  # a curve that a signal cut short is no result
         return coverage(problem, evaluator.points), 1e3 * statistics.median(ledger.__dict__["seconds"])
