@@ -34,7 +34,7 @@ def tune_kernels() -> None:
         say(f"{shape}: {len(found)} kernels in {seconds:.0f} s")
         for name, entries in found.items():
             kernels.setdefault(name, []).extend(entries)
+        tuned.write(tuned.own_file(), kernels)  # at once: an interrupted tuning keeps what it has
     if not kernels:
         raise EnvironmentUnfit("no kernel could be tuned", "look at the messages above")
-    tuned.write(tuned.own_file(), kernels)
     say(f"{tuned.own_file()}: {len(kernels)} kernels, {time.perf_counter() - start:.0f} s")
