@@ -19,7 +19,7 @@ class Curves:
     """The searches in some files; new ones are appended to the first.
 
     A line holds ``key`` (what was searched, by what, from which seed), ``curve`` (hypervolumes, one an evaluation),
-    ``evaluations`` (the budget), ``ask_ms`` (the median), ``python`` and ``numpy``. A line that is cut short is left out.
+    ``evaluations`` (the budget), ``ask_ms`` (the median), ``python`` and ``numpy``. A line cut short is left out.
 
     Raises:
         ConfigError: a file holds something else.
@@ -31,6 +31,8 @@ class Curves:
         for path in paths:
             for line in path.read_text().splitlines() if path.exists() else ():
                 self._take(path, line)
+        cut = self._path is not None and self._path.exists() and not self._path.read_text().endswith("\n")
+        self._lead = "\n" if cut else ""
 
     def _take(self, path: Path, line: str) -> None:
         try:
@@ -58,5 +60,6 @@ class Curves:
         self._known[json.dumps(list(key))] = result
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+                file.write(self._lead + json.dumps(result) + "\n")
+            self._lead = ""
         return result
