@@ -23,7 +23,7 @@ FEWEST = 5
 TUNED_ON = 128  # rows at most from which the kernel's parameters are found
 FOREST_ON = 256  # the same for the importance of the genes
 TREES = 60
-LEAST_SCALE = 0.1  # of the gene that matters least, beside 1 for the one that matters most
+LEAST = 0.8  # scale of all that hardly matters taken together, beside 1 for what matters most
 GROWTH = 1.3  # they are found again when there are so many times more rows
 SETTLED = 600  # rows after which they stay: finding them takes as long as twenty proposals
 JITTER = 1e-8
@@ -202,7 +202,7 @@ class Surrogate:
         bent = Warp(values, logarithmic=True).apply(values)[some]
         importance = gene_importance(self._genes, codes[some], bent)
         shares = gene_importance(self._genes, codes[some], bent, self._descriptors(codes)[some])
-        self._scales = np.maximum(np.sqrt(shares / shares.max()), LEAST_SCALE)
+        self._scales = np.maximum(np.sqrt(shares / shares.max()), LEAST / np.sqrt(len(shares)))
         some = np.linspace(0, len(codes) - 1, min(len(codes), TUNED_ON)).astype(int)
         found = []
         for logarithmic in (False, True):
