@@ -224,6 +224,7 @@ def test_maximizing_the_negative_is_minimizing() -> None:
     sampler = make()
     for _ in range(20):
         trial = ask(study, sampler)
+        trial.set_user_attr("lineage", sampler.lineage(trial.number))
         study.tell(trial, [-value for value in objectives(trial.params)])
     assert [trial.params for trial in study.trials] == search(new_study(), make(), 20)
 
