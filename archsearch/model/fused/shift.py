@@ -63,9 +63,7 @@ class _TokenShift(torch.autograd.Function):
 
 
 @triton.jit
-def _forward(
-    x, mix, y0, y1, y2, y3, y4, y5, rows, length, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _forward(x, mix, y0, y1, y2, y3, y4, y5, rows, length, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     lane = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside, at = (row < rows) & (lane < SIZE), row * SIZE + lane

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 TILE = 1024
 """Numbers that a program holds at a time."""
@@ -44,9 +43,7 @@ def transition_reference(
     return [t.to(k.dtype).unflatten(-1, (heads, -1)) for t in found]
 
 
-def transition(
-    k: Tensor, w: Tensor, a: Tensor, parameters: list[Tensor], strongest: float, heads: int
-) -> list[Tensor]:
+def transition(k: Tensor, w: Tensor, a: Tensor, parameters: list[Tensor], strongest: float, heads: int) -> list[Tensor]:
     """``transition_reference`` by a kernel."""
     return list(_Transition.apply(k, w, a, *parameters, strongest, heads))
 
