@@ -21,6 +21,7 @@ import argparse
 import fcntl
 import functools
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 PEAK_BF16 = 989e12  # dense, data sheets of the H100 SXM and of the H200
 LOCK = Path(tempfile.gettempdir()) / "archsearch-benchmark.lock"
-KINDS = [kind for kind in OPERATORS if kind != "m"]  # Mamba, the first, needs an extension built
+KINDS = [kind for kind in OPERATORS if kind != "m" or importlib.util.find_spec("selective_scan_cuda")]
 SIDES = ("ours", "fla", "full")
 IMPORTED_ONCE = ["torch._dynamo", "torch._inductor.compile_fx"]
 """Most of the seconds that ``import fla.layers`` takes; importing them starts nothing on the GPU."""
