@@ -94,6 +94,16 @@ def test_convolve(length, dims, taps, bias, normed):
 
     agree(run(convolution.convolve), run(convolution.convolve_reference), inputs)
 
+    def within(x):
+        parts, before, behind = convolution.convolve_within(x[0], 2, x[1:4], x[4:] if bias else None, dims, normed)
+        return [*parts, 2 * before, 3 * behind]
+
+    def apart(x):
+        end = 2 + 2 * sum(dims)
+        return [*run(convolution.convolve_reference)(x), 2 * x[0][..., :2], 3 * x[0][..., end:]]
+
+    agree(within, apart, inputs)
+
 
 @interpreted
 @pytest.mark.parametrize("gate", ["none", "after", "before", "sigmoid"])

@@ -28,7 +28,7 @@ def convolve_reference(
     """Convolution over time, SiLU, then for the first ``normed`` parts an L2 norm of each head.
 
     Args:
-        x: [B, T, channels], the parts side by side.
+        x: [B, T, channels], the parts side by side; for the kernel it may be a slice of a wider tensor.
         weights: [channels of the part, 1, taps] of each of three parts.
         biases: [channels of the part] of each; none when absent.
         dims: width of a head of each part.
@@ -48,17 +48,30 @@ def convolve_reference(
 def convolve(
     x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, dims: list[int], normed: int
 ) -> list[Tensor]:
-    """``convolve_reference`` by a kernel; ``x`` may be a slice of a wider projection."""
-    return list(_Convolve.apply(x, *weights, *(biases or [None] * 3), dims, normed))
+    """``convolve_reference`` by a kernel."""
+    return convolve_within(x, 0, weights, biases, dims, normed)[0]
+
+
+def convolve_within(
+    x: Tensor, start: int, weights: list[Tensor], biases: list[Tensor] | None, dims: list[int], normed: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """``convolve`` of the columns of a wider projection from ``start`` on; what is before and behind them is handed on.
+
+    Gradients of all columns then go into one tensor as they are computed: split, they would be joined afterwards.
+    """
+    *parts, before, behind = _Convolve.apply(x, *weights, *(biases or [None] * 3), dims, normed, start)
+    return parts, before, behind
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        *parameters, dims, normed = rest
-        if x.stride(-1) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
-            x = x.contiguous()
+    def forward(ctx: Any, merged: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *parameters, dims, normed, start = rest
+        if merged.stride(-1) != 1 or merged.stride(0) != merged.shape[1] * merged.stride(1):
+            merged = merged.contiguous()
         widths = [len(weight) for weight in parameters[:3]]
+        ctx.start, ctx.columns = start, merged.shape[-1]
+        before, x, behind = merged.tensor_split([start, start + sum(widths)], dim=-1)
         # tap by tap, so that neighbouring lanes read neighbouring numbers
         weight = torch.cat([t.flatten(1) for t in parameters[:3]]).T.contiguous()
         bias = None if parameters[3] is None else torch.cat(parameters[3:])
@@ -67,23 +80,28 @@ class _Convolve(torch.autograd.Function):
         out = [x.new_empty(*x.shape[:2], width // dim, dim) for width, dim in zip(widths, dims, strict=True)]
         grid, sizes = _launch(x, weight, bias, out, normed)
         _forward[grid](x, weight, weight if bias is None else bias, *out, x.shape[1], x.stride(1), x.shape[-1], **sizes)
-        return tuple(out)
+        return *out, before, behind
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        grads = tuple(grad.contiguous() for grad in grads)
-        grid, sizes = _launch(x, weight, bias, list(grads), ctx.normed)
+        *grads, d_before, d_behind = grads
+        grads = [grad.contiguous() for grad in grads]
+        grid, sizes = _launch(x, weight, bias, grads, ctx.normed)
         taps, channels = weight.shape
-        inner, dx = x.new_empty(x.shape), x.new_empty(x.shape)
+        inner, d_merged = x.new_empty(x.shape), x.new_empty(*x.shape[:2], ctx.columns)
+        to_before, dx, to_behind = d_merged.tensor_split([ctx.start, ctx.start + channels], dim=-1)
+        to_before.copy_(d_before)
+        to_behind.copy_(d_behind)
         lengths = x.shape[1], x.stride(1), channels
         _activation_backward[grid](x, weight, weight if bias is None else bias, *grads, inner, *lengths, **sizes)
         # a row of blocks each, added up below: no atomics, so the same inputs give the same bits
         partial = x.new_empty(grid[0] * grid[2], taps + 1, channels, dtype=torch.float32)
-        _convolution_backward[grid](x, weight, inner, dx, partial, *lengths, **sizes)
+        _convolution_backward[grid](x, weight, inner, dx, partial, *lengths, ctx.columns, **sizes)
         found = partial.sum(0).split(ctx.widths, dim=-1)
         d_weights = [t[:-1].T[:, None].to(weight.dtype) for t in found]
-        return dx, *d_weights, *([None] * 3 if bias is None else [t[-1].to(bias.dtype) for t in found]), None, None
+        d_biases = [None] * 3 if bias is None else [t[-1].to(bias.dtype) for t in found]
+        return d_merged, *d_weights, *d_biases, None, None, None
 
 
 def _launch(
@@ -183,7 +201,7 @@ def _activation_backward(
 
 @triton.jit
 def _convolution_backward(
-    x, weight, inner, dx, partial, length, stride, channels,
+    x, weight, inner, dx, partial, length, stride, channels, dx_stride,
     H0: tl.constexpr, H1: tl.constexpr, H2: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr,
     TAPS: tl.constexpr, BIAS: tl.constexpr,
@@ -200,7 +218,7 @@ def _convolution_backward(
     else:
         dim, channel = D2, H0 * D0 + H1 * D1 + (head - H0 - H1) * D2
     weight, inner = weight + channel, inner + first * channels + channel
-    here, to = x + first * stride + channel, dx + first * channels + channel
+    here, to = x + first * stride + channel, dx + first * dx_stride + channel
     begin = tl.program_id(0) * STEPS * ROWS
     for step in range(STEPS):
         t = begin + step * ROWS + tl.arange(0, ROWS)[:, None]
@@ -211,7 +229,7 @@ def _convolution_backward(
             d = tl.load(inner + s * channels + lane, mask=(s < length) & (lane < dim), other=0.0).to(tl.float32)
             tap = weight + (TAPS - 1 - later) * channels + lane + 0 * t
             total += d * tl.load(tap, mask=lane < dim, other=0.0).to(tl.float32)
-        tl.store(to + t * channels + lane, total.to(dx.dtype.element_ty), mask=(t < length) & (lane < dim))
+        tl.store(to + t * dx_stride + lane, total.to(dx.dtype.element_ty), mask=(t < length) & (lane < dim))
     row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     out = partial + row.to(tl.int64) * channels * (TAPS + 1) + channel
     for later in range(TAPS):
