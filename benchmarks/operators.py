@@ -137,15 +137,17 @@ def beside(kind: str, hidden: int) -> dict[str, Any]:
     return {"path": ours(kind, hidden).implementation, "flops": flops, **errors}
 
 
-def worker(job: Job, queue: Any, start: Any) -> None:
+def worker(job: Job, queue: Any, slots: Any, start: Any) -> None:
     """Compile one layer, and measure it when all processes are that far; a failure is a finding too."""
     kind, side, hidden = job
-    row, begin = {}, time.perf_counter()
+    row: dict[str, Any] = {}
     prefix = "" if side == "ours" else f"{side}_"
     try:
-        layer = compiled(kind, side, hidden)
-        row[f"{prefix}compile_s"] = time.perf_counter() - begin
-        row |= beside(kind, hidden) if side == "ours" else {}
+        with slots:  # no more than there are cores: all at once would not fit the GPU's memory
+            begin = time.perf_counter()
+            layer = compiled(kind, side, hidden)
+            row[f"{prefix}compile_s"] = time.perf_counter() - begin
+            row |= beside(kind, hidden) if side == "ours" else {}
         queue.put((job, None))
         start.wait()
         with LOCK.open("w") as lock:
@@ -188,13 +190,28 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def speed(args: argparse.Namespace, save: Callable[[Any], None]) -> None:
-    """Measure all layers; every row is printed, and all so far are saved, as soon as its sides are there."""
+def processes() -> Any:
+    """How processes are made: forked from one that has imported most of it, where forks of that can use the GPU."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks the driver's library, and not CUDA, whether there is one
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
+    first = context.Process(target=wake_autograd, daemon=True)
+    first.start()
+    first.join(60)
+    if first.exitcode == 0:
+        return context
+    print("forked processes cannot use the GPU: each imports everything anew", flush=True)
+    first.kill()
+    return multiprocessing.get_context("spawn")
+
+
+def speed(args: argparse.Namespace, save: Callable[[Any], None]) -> None:
+    """Measure all layers; every row is printed, and all so far are saved, as soon as its sides are there."""
+    context = processes()
     queue, start, begin = context.Queue(), context.Event(), time.perf_counter()
+    slots = context.Semaphore(len(os.sched_getaffinity(0)))
     jobs: list[Job] = list(itertools.product(args.kinds, args.sides, args.hidden))
-    running = {job: context.Process(target=worker, args=(job, queue, start), daemon=True) for job in jobs}
+    running = {job: context.Process(target=worker, args=(job, queue, slots, start), daemon=True) for job in jobs}
     for process in running.values():
         process.start()
     rows = {(kind, hidden): {"kind": kind, "hidden": hidden} for kind in args.kinds for hidden in args.hidden}

@@ -171,7 +171,7 @@ def ssd_linear(
 def selective_scan(
     c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, z: Tensor, dt_bias: Tensor, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state if ``keep``.
+    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state, without a gradient, if ``keep``.
 
     Args:
         c: [B, T, state], reads the state.
