@@ -81,7 +81,7 @@ class Mamba2(Layer):
         shared = self.groups * self.state_size
         weights, biases = (t.split([self.inner, shared, shared]) for t in (self.conv1d.weight, self.conv1d.bias))
         dims = [self.inner // self.heads, self.state_size, self.state_size]
-        values, b, c = convolve(channels, list(weights), list(biases), dims, normed=0)
+        values, b, c, _ = convolve(channels, list(weights), list(biases), dims, normed=0)
         o, final = fla_ops.ssd(c, b, values, dt, self._rate(), self.D, self.dt_bias, keep=state is not None)
         if state is not None:
             ShortConvolution.keep(channels, state["conv"])
