@@ -41,9 +41,12 @@ def half_dtype(x: Tensor) -> torch.dtype:
     return dtype
 
 
-def project(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The outputs of several projections of ``x`` (what ``half`` gives) side by side, by one matrix product."""
-    weight = _SideBySide.apply(x.dtype, 1, *(layer.weight for layer in layers))
+def project(x: Tensor, *layers: nn.Linear, multiple: int = 1) -> Tensor:
+    """The outputs of several projections of ``x`` (what ``half`` gives) side by side, by one matrix product.
+
+    Columns of zeros fill them up to a ``multiple``; layers with biases take none.
+    """
+    weight = _SideBySide.apply(x.dtype, multiple, *(layer.weight for layer in layers))
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return F.linear(x, weight, torch.cat(biases).to(x.dtype) if biases else None)
 
@@ -77,8 +80,9 @@ class _SideBySide(torch.autograd.Function):
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
     """The delta rule with normalised ``q`` and ``k``; shapes as in ``delta_rule_chunked``, a state if ``keep``."""
-    chunk = operator("fla.ops.delta_rule.chunk:chunk_delta_rule")
-    o, state = chunk(q, k, v, beta.to(q.dtype), output_final_state=keep)
+    from archsearch.model.fused.delta_rule import DeltaRule
+
+    o, state = DeltaRule.apply(q, k, v, beta.to(q.dtype), keep)
     return o, state.mT if keep else None
 
 

@@ -80,14 +80,16 @@ def test_split_heads(norm, dim, length):
 @interpreted
 @pytest.mark.parametrize("length", [2, 20])
 @pytest.mark.parametrize(("dims", "taps", "bias", "normed"), [([8, 8, 12], 4, False, 2), ([16, 24, 24], 3, True, 0)])
-def test_convolve(length, dims, taps, bias, normed):
+@pytest.mark.parametrize("behind", [0, 3])
+def test_convolve(length, dims, taps, bias, normed, behind, monkeypatch):
+    monkeypatch.setattr(convolution, "TOKENS", 8)  # several programs along time
     weights = [draw(2 * dim, 1, taps, seed=dim) for dim in dims]
     biases = [draw(2 * dim, seed=dim) for dim in dims] if bias else [None] * 3
     inputs = [draw(2, length, 2 * sum(dims) + 5, seed=0), *weights, *biases]
 
     def run(function):
         def call(x):
-            slice = x[0][..., 2 : 2 + 2 * sum(dims)]
+            slice = x[0][..., 2 : 2 + 2 * sum(dims) + behind]
             return function(slice, x[1:4], x[4:] if bias else None, dims, normed)
 
         return call
@@ -95,12 +97,13 @@ def test_convolve(length, dims, taps, bias, normed):
     agree(run(convolution.convolve), run(convolution.convolve_reference), inputs)
 
     def within(x):
-        parts, before, behind = convolution.convolve_within(x[0], 2, x[1:4], x[4:] if bias else None, dims, normed)
-        return [*parts, 2 * before, 3 * behind]
+        parts, before, rest = convolution.convolve_within(x[0], 2, x[1:4], x[4:] if bias else None, dims, normed)
+        return [*parts, 2 * before, 3 * rest]
 
     def apart(x):
-        end = 2 + 2 * sum(dims)
-        return [*run(convolution.convolve_reference)(x), 2 * x[0][..., :2], 3 * x[0][..., end:]]
+        before, inside, rest = x[0].tensor_split([2, 2 + 2 * sum(dims)], dim=-1)
+        parts = convolution.convolve_reference(inside, x[1:4], x[4:] if bias else None, dims, normed)
+        return [*parts[:3], 2 * before, 3 * rest]
 
     agree(within, apart, inputs)
 
