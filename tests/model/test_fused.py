@@ -96,14 +96,21 @@ def test_convolve(length, dims, taps, bias, normed, behind, monkeypatch):
 
     agree(run(convolution.convolve), run(convolution.convolve_reference), inputs)
 
+
+@interpreted
+def test_convolve_within():
+    """A wider projection, with one part of it alone."""
+    weights = [draw(channels, 1, 4, seed=1) for channels in (16, 0, 0)]
+    biases = [draw(channels, seed=2) for channels in (16, 0, 0)]
+    inputs = [draw(2, 9, 2 + 16 + 3, seed=0), *weights, *biases]
+
     def within(x):
-        parts, before, rest = convolution.convolve_within(x[0], 2, x[1:4], x[4:] if bias else None, dims, normed)
-        return [*parts, 2 * before, 3 * rest]
+        parts, before, behind = convolution.convolve_within(x[0], 2, x[1:4], x[4:], [8] * 3, normed=0)
+        return [parts[0], 2 * before, 3 * behind]
 
     def apart(x):
-        before, inside, rest = x[0].tensor_split([2, 2 + 2 * sum(dims)], dim=-1)
-        parts = convolution.convolve_reference(inside, x[1:4], x[4:] if bias else None, dims, normed)
-        return [*parts[:3], 2 * before, 3 * rest]
+        before, inside, behind = x[0].tensor_split([2, 18], dim=-1)
+        return [convolution.convolve_reference(inside, x[1:4], x[4:], [8] * 3, normed=0)[0], 2 * before, 3 * behind]
 
     agree(within, apart, inputs)
 
