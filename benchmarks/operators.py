@@ -27,6 +27,7 @@ import json
 import multiprocessing
 import os
 import queue as queues
+import signal
 import statistics
 import sys
 import tempfile
@@ -277,6 +278,7 @@ def main() -> None:
     if args.startup_one:
         print(json.dumps(startup_one(args.startup_one, args.hidden[0])))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the processes as well
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or every process would start a pool of them
 
     def save(rows: Any) -> None:
