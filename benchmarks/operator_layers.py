@@ -1,7 +1,10 @@
-"""The layers that ``operators.py`` compares: ours, and the same of flash-linear-attention, as both would train."""
+"""The layers that ``operators.py`` compares, ours and the same of flash-linear-attention, and how a step is timed."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from archsearch.operators import OPERATORS
@@ -96,3 +99,52 @@ def wake_autograd() -> None:
     import torch
 
     (2 * torch.zeros(1, device="cuda", requires_grad=True)).sum().backward()
+
+
+def timed(run: Callable[[], Any], repeats: int = 20) -> float:
+    """Median milliseconds of ``run``, by device events."""
+    import torch
+
+    for _ in range(3):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+
+def captured(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
+    """The step as one CUDA graph."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer.zero_grad()
+            step(layer, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(layer, x)
+    return graph.replay
+
+
+def figures(layer: torch.nn.Module, hidden: int) -> dict[str, Any]:
+    """Time eager and as a graph, and peak memory, of one step."""
+    import torch
+
+    x = torch.randn(BATCH, LENGTH, hidden, device="cuda", requires_grad=True)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    row: dict[str, Any] = {"ms": timed(lambda: step(layer, x))}
+    row["memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        row["graph_ms"] = timed(captured(layer, x))
+    except Exception as problem:  # a layer that waits for the device cannot be captured: that is a finding
+        row["graph_ms"], row["no_graph"] = None, str(problem).partition("\n")[0]
+    return row

@@ -28,7 +28,6 @@ import multiprocessing
 import os
 import queue as queues
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from archsearch.files import write_atomic
 from archsearch.operators import OPERATORS
-from benchmarks.operator_layers import BATCH, LENGTH, ours, step, theirs, wake_autograd
+from benchmarks.operator_layers import BATCH, LENGTH, figures, ours, step, theirs, wake_autograd
 from benchmarks.operator_startup import startup, startup_one
 
 if TYPE_CHECKING:
@@ -55,55 +54,6 @@ IMPORTED_ONCE = ["torch._dynamo", "torch._inductor.compile_fx"]
 
 Job = tuple[str, str, int]
 """Kind, side and width."""
-
-
-def timed(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Median milliseconds of ``run``, by device events."""
-    import torch
-
-    for _ in range(3):
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-
-
-def captured(layer: torch.nn.Module, x: torch.Tensor) -> Callable[[], None]:
-    """The step as one CUDA graph."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            layer.zero_grad()
-            step(layer, x)
-    torch.cuda.current_stream().wait_stream(stream)
-    layer.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(layer, x)
-    return graph.replay
-
-
-def figures(layer: torch.nn.Module, hidden: int) -> dict[str, Any]:
-    """Time eager and as a graph, and peak memory, of one step."""
-    import torch
-
-    x = torch.randn(BATCH, LENGTH, hidden, device="cuda", requires_grad=True)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    row: dict[str, Any] = {"ms": timed(lambda: step(layer, x))}
-    row["memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        row["graph_ms"] = timed(captured(layer, x))
-    except Exception as problem:  # a layer that waits for the device cannot be captured: that is a finding
-        row["graph_ms"], row["no_graph"] = None, str(problem).partition("\n")[0]
-    return row
 
 
 def compiled(kind: str, side: str, hidden: int) -> torch.nn.Module | None:
