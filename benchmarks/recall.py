@@ -29,8 +29,8 @@ HYBRIDS = ["d a", "m2 a", "d d", "m2 m2"]
 def options(head: int) -> dict[str, dict[str, Any]]:
     """Linear mixers with heads of ``head`` and states of that size: their memory ends within the numbers of pairs."""
     return {
-        "a": {"head_dim": 16},
-        "w": {"head_dim": 16, "window": 16},
+        "a": {"head_dim": 16, "qk_norm": True},
+        "w": {"head_dim": 16, "qk_norm": True, "window": 16},
         "d": {"head_dim": head},
         "gd": {"head_dim": head},
         "gl": {"head_dim": head},

@@ -76,7 +76,7 @@ class _Norm(torch.autograd.Function):
         sizes = _sizes(x, weight)
         rows = x.numel() // x.shape[-1]
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        _forward[grid](
+        _norm_forward[grid](
             x, weight, x if gate is None else gate, out, rows, stride, gate_stride, eps, ORDER=order, **sizes
         )
         ctx.save_for_backward(x, weight, gate)
@@ -95,7 +95,7 @@ class _Norm(torch.autograd.Function):
         steps = triton.cdiv(rows // groups, sizes["ROWS"] * (programs // groups))
         partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
         unused = (gate, dg) if gate is not None else (x, dx)
-        _backward[(programs,)](
+        _norm_backward[(programs,)](
             x, weight, *unused, grad, dx, partial, rows // groups, steps, *ctx.strides, ctx.eps,
             ORDER=ctx.order, **sizes,
         )  # fmt: skip
@@ -130,7 +130,7 @@ def _place(row, stride, lane, HEADS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x, weight, gate, out, rows, stride, gate_stride, eps, ORDER: tl.constexpr, HEADS: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
-def _backward(
+def _norm_backward(
     x, weight, gate, dg, grad, dx, partial, rows, steps, stride, gate_stride, eps, ORDER: tl.constexpr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
