@@ -30,7 +30,6 @@ from typing import Any
 import torch
 
 from archsearch.config import LatencyConfig
-from archsearch.errors import ArchsearchError
 from archsearch.latency.device import describe
 from archsearch.latency.lock import be_present
 from archsearch.latency.protocol import VERSION, kernel_hash
@@ -85,7 +84,7 @@ class Record:
 
 
 def run(part: str, names: list[str], config: LatencyConfig, record: Record) -> None:
-    """Measure the rows of a part that are not there yet; one that fails does not end the others."""
+    """Measure the rows of a part that are not there yet; one that fails is told, and does not end the others."""
     measure, usual = PARTS[part]
     for name in names or usual:
         if record.holds(part, name):
@@ -95,8 +94,8 @@ def run(part: str, names: list[str], config: LatencyConfig, record: Record) -> N
         try:
             with torch.inference_mode(part != "transformers"):  # its compiler has trouble with that mode
                 row, lines = measure(name, config)
-        except ArchsearchError as error:
-            lines = [f"{name}: {type(error).__name__}: {error.cause}"]
+        except Exception as error:
+            lines = [f"{name}: {type(error).__name__}: {error}"]
         else:
             record.add(part, name, row)
         print(*lines, f"  {time.perf_counter() - begun:.1f} s", sep="\n", flush=True)
@@ -128,6 +127,9 @@ def main() -> None:
         except OutOfTime:
             print(f"{part}: its {options.seconds:g} s are over", flush=True)
         print(f"{part}: {time.perf_counter() - begun:.0f} s", flush=True)
+    rows = ((part, name) for part in options.parts for name in options.names or PARTS[part][1])
+    if missing := [" ".join(row) for row in rows if not record.holds(*row)]:
+        raise SystemExit(f"not measured: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
