@@ -78,7 +78,7 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None
     """
     path = implementation(model.embed_tokens.weight.device)
     try:
-        error = _checked(model) if path != "torch" else 0.0
+        error = _checked(model, path) if path != "torch" else 0.0
         measured, omitted = _measure_each(model.use(path), batch, lengths or LENGTHS)
         return PrefillTimes(measured=measured, omitted=omitted, paths=model.paths(), error=error)
     except (InvalidArchitecture, InvalidMeasurement, EnvironmentUnfit) as unfit:
@@ -88,7 +88,7 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None
         model.use("torch")
 
 
-def _checked(model: HybridLM) -> float:
+def _checked(model: HybridLM, path: str) -> float:
     """Error of the libraries' kernels; what had to be tuned for it is kept for the next process.
 
     Raises:
@@ -101,7 +101,7 @@ def _checked(model: HybridLM) -> float:
     for layer in model.layers:
         layer.op.require()
         refuse_unsupported(layer.op.unsupported(), layer.kind)
-    error = check_prefill(model, "fla", CHECKED)
+    error = check_prefill(model, path, CHECKED)
     remember()
     return error
 
