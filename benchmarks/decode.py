@@ -1,10 +1,11 @@
 """Decode latency against the bandwidth floor, on one CUDA device. Each part can be run by itself; all go to one file.
 
-    python -m benchmarks.decode --out experiments/decode-h100 --compile models operators throughput prefill transformers
-    python -m benchmarks.decode --out experiments/decode-h100 models operators exact throughput prefill transformers
+    python -m benchmarks.decode --out experiments/decode-h100 --compile -- PARTS
+    python -m benchmarks.decode --out experiments/decode-h100 PARTS
 
 models: ``measure_decode`` of each reference architecture, step time at 128 to 32k tokens stored, energy.
 operators: the cost of one more operator of each kind in a chain, from N and 2 N copies with weights of their own.
+contexts: step time of a chain of one kind of operator at 128 to 32k tokens stored.
 exact: all tokens in three fresh processes, against each other and against the strata.
 throughput: batches doubled to the memory limit with 32k tokens stored in each sequence.
 prefill: prompts of 512 to 32k tokens.

@@ -49,6 +49,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
 WIDTHS = [1024, 2048]
 OPERATOR_CONTEXT = 4096
 CHAIN_BYTES = 256 * 2**20
+SWEPT_COPIES = 32
 CUDA = torch.device("cuda", 0)
 Row = tuple[dict[str, Any], list[str]]
 """What goes into the record, and what is printed."""
@@ -107,6 +108,15 @@ def operators(name: str, config: LatencyConfig) -> Row:
     return row, [f"{name:8} {us:6.2f} us, floor {floor:6.2f} us, {floor / us:.0%}, {kernels} kernels"]
 
 
+def contexts(name: str, config: LatencyConfig) -> Row:
+    """Microseconds an operator of a kind at each context, in a chain; its share of embedding and head is in them."""
+    operators = [{"kind": name, **OPERATORS[name]}] * SWEPT_COPIES
+    architecture = make_architecture(hidden_size=WIDTHS[0], vocab_size=1024, operators=operators)
+    graph = DecodeGraph(built(architecture), 1, CONTEXTS[-1] + ROOM)
+    us = {context: 1e3 * milliseconds(graph, context, 16, 3) / SWEPT_COPIES for context in CONTEXTS}
+    return {"us": us}, [f"{name:8} " + "  ".join(f"{context}: {one:.2f}" for context, one in us.items())]
+
+
 def exact(name: str, config: LatencyConfig) -> Row:
     """All tokens in fresh processes."""
     result = measure_exact(load_architecture(name), config, str(CUDA))
@@ -153,6 +163,7 @@ def transformers(name: str, config: LatencyConfig) -> Row:
 PARTS: dict[str, tuple[Callable[[str, LatencyConfig], Row], list[str]]] = {
     "models": (models, MODELS),
     "operators": (operators, [f"{kind} {hidden}" for hidden in WIDTHS for kind in OPERATORS]),
+    "contexts": (contexts, list(OPERATORS)),
     "exact": (exact, EXACT),
     "throughput": (throughput, BATCHED),
     "prefill": (prefill, MODELS),

@@ -62,6 +62,12 @@ def of_operators(operators: Rows) -> Iterator[str]:
         yield f"{kind} | {' | '.join(told)} | {next(o['kernels'] for o in rows if o)}"
 
 
+def of_kinds(kinds: Rows) -> Iterator[str]:
+    """Microseconds an operator of each kind at each context."""
+    for kind, row in kinds.items():
+        yield f"{kind} | {' | '.join(f'{us:.1f}' for us in row['us'].values())}"
+
+
 def of_ratios(models: Rows) -> Iterator[str]:
     """Our ratios beside the paper's. Each is that of the bytes times that of the distances from the floor."""
     for other, hybrid in PAIRS:
@@ -116,6 +122,7 @@ def tables(record: Rows) -> Iterator[str]:
     yield from table(f"tokens stored | {contexts} | µs a thousand, 4k to 8k / to 16k / to 32k", of_contexts(models))
     width = "µs | floor | share"
     yield from table(f"kind | d 1024: {width} | d 2048: {width} | kernels", of_operators(record.get("operators", {})))
+    yield from table(f"µs, d 1024, tokens stored | {contexts}", of_kinds(record.get("contexts", {})))
     split = "paper | ours | bytes | kernels | ours over bytes (shares of the floor) | paper over bytes (shares)"
     yield from table(f"pair | {split}", of_ratios(models))
     yield from table("model | three processes [s] | spread | strata off by", of_exact(record.get("exact", {})))

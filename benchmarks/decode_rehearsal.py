@@ -20,7 +20,7 @@ from archsearch.latency.canary import make_canary
 from archsearch.latency.prefill import measure_prefill
 from archsearch.latency.throughput import measure_throughput
 from archsearch.model.decode import DecodePlan
-from benchmarks.decode_parts import CONTEXTS, CUDA, OPERATOR_CONTEXT, OPERATORS, PARTS, ROOM, SHORT, built
+from benchmarks.decode_parts import CONTEXTS, CUDA, OPERATOR_CONTEXT, OPERATORS, PARTS, ROOM, SHORT, WIDTHS, built
 from benchmarks.transformers_generate import TOKENS, time_generate
 
 LARGEST, CONTEXT = 256, 8192
@@ -76,6 +76,11 @@ def tasks(part: str, names: list[str]) -> Iterator[tuple[str, Task]]:
             kind, hidden = name.split()[0], int(name.split()[1])
             one = make_architecture(hidden_size=hidden, vocab_size=1024, operators=[{"kind": kind, **OPERATORS[kind]}])
             yield name, functools.partial(step, one, 2 * OPERATOR_CONTEXT)
+        elif part == "contexts":
+            one = make_architecture(
+                hidden_size=WIDTHS[0], vocab_size=1024, operators=[{"kind": name, **OPERATORS[name]}]
+            )
+            yield f"{name} {CONTEXTS[-1]}", functools.partial(step, one, CONTEXTS[-1] + ROOM)
         elif part == "throughput":
             yield f"{name} in batches", functools.partial(batches, name)
         elif part == "prefill":
