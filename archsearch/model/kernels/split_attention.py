@@ -117,11 +117,8 @@ def attend_kernel(projected, q_gain, k_gain, rotary, position, keys, values, par
     high = tl.minimum(low + length, stored)
     own_keys = keys + (sequence * kv + head).to(tl.int64) * slots * DIM
     own_values = values + (sequence * kv + head).to(tl.int64) * slots * DIM
-    ahead: tl.constexpr = UNROLL * BLOCK
     k = load_tokens(own_keys, low, high, slot, row, offset, DIM, BLOCK, UNROLL)
     v = load_tokens(own_values, low, high, slot, row, offset, DIM, BLOCK, UNROLL)
-    next_k = load_tokens(own_keys, low + ahead, high, slot, row, offset, DIM, BLOCK, UNROLL)
-    next_v = load_tokens(own_values, low + ahead, high, slot, row, offset, DIM, BLOCK, UNROLL)
     angle = rotary + tl.minimum(here, positions - 1) * DIM + offset % (DIM // 2)
     cos = tl.load(angle, mask=real, other=0.0)
     sin = tl.load(angle + DIM // 2, mask=real, other=0.0) * tl.where(offset < DIM // 2, -1.0, 1.0)
@@ -148,16 +145,17 @@ def attend_kernel(projected, q_gain, k_gain, rotary, position, keys, values, par
         totals = totals + (tl.zeros([BLOCK, DIM_BLOCK], tl.float32),)
     only = ((row == 0) & (split == 0),)
     highest, sums, totals = absorb(queries, (new_k,), (new_v,), only, highest, sums, totals)
-    for begin in tl.range(low, high, ahead):
+    for begin in tl.range(low, high, UNROLL * BLOCK):
         # the next tokens are on their way while these are worked on
+        later = begin + UNROLL * BLOCK
+        next_k = load_tokens(own_keys, later, high, slot, row, offset, DIM, BLOCK, UNROLL)
+        next_v = load_tokens(own_values, later, high, slot, row, offset, DIM, BLOCK, UNROLL)
         valid = ()
         for i in tl.static_range(UNROLL):
             token = begin + i * BLOCK + row
             valid = valid + ((token < high) & (token != slot),)
         highest, sums, totals = absorb(queries, k, v, valid, highest, sums, totals)
         k, v = next_k, next_v
-        next_k = load_tokens(own_keys, begin + 2 * ahead, high, slot, row, offset, DIM, BLOCK, UNROLL)
-        next_v = load_tokens(own_values, begin + 2 * ahead, high, slot, row, offset, DIM, BLOCK, UNROLL)
     first = (row == 0)[:, None] & real & (split == 0) & (group % groups == 0)
     tl.store(own_keys + slot * DIM + offset, new_k, mask=first)
     tl.store(own_values + slot * DIM + offset, new_v, mask=first)
