@@ -84,14 +84,19 @@ class Record:
         new.replace(self.path)
 
 
-def run(part: str, names: list[str], config: LatencyConfig, record: Record) -> None:
-    """Measure the rows of a part that are not there yet; one that fails is told, and does not end the others."""
-    measure, usual = PARTS[part]
+def run(part: str, names: list[str], config: LatencyConfig, record: Record, seconds: float) -> None:
+    """Measure the rows of a part that are not there yet; one that fails is told, and does not end the others.
+
+    No row begins that would not be done after ``seconds``, if it took as long as the longest before it.
+    """
+    (measure, usual), end, longest = PARTS[part], time.perf_counter() + seconds, 0.0
     for name in names or usual:
         if record.holds(part, name):
             print(f"{name}: in the record already", flush=True)
             continue
         begun = time.perf_counter()
+        if begun + longest > end:
+            raise OutOfTime
         try:
             with torch.inference_mode(part != "transformers"):  # its compiler has trouble with that mode
                 row, lines = measure(name, config)
@@ -99,7 +104,9 @@ def run(part: str, names: list[str], config: LatencyConfig, record: Record) -> N
             lines = [f"{name}: {type(error).__name__}: {error}"]
         else:
             record.add(part, name, row)
-        print(*lines, f"  {time.perf_counter() - begun:.1f} s", sep="\n", flush=True)
+        took = time.perf_counter() - begun
+        longest = max(longest, took)
+        print(*lines, f"  {took:.1f} s", sep="\n", flush=True)
         torch.cuda.empty_cache()
 
 
@@ -124,7 +131,7 @@ def main() -> None:
         begun = time.perf_counter()
         try:
             with limited(options.seconds):
-                run(part, options.names, config, record)
+                run(part, options.names, config, record, options.seconds)
         except OutOfTime:
             print(f"{part}: its {options.seconds:g} s are over", flush=True)
         print(f"{part}: {time.perf_counter() - begun:.0f} s", flush=True)

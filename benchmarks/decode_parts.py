@@ -69,10 +69,10 @@ def milliseconds(graph: DecodeGraph, context: int, steps: int, runs: int) -> flo
 def models(name: str, config: LatencyConfig) -> Row:
     """Decode latency of a reference architecture, at a short context too, the sweep over contexts, energy."""
     architecture = load_architecture(name)
-    model = built(architecture)
-    latency = measure_decode(architecture, config, device=CUDA, model=model)
+    latency = measure_decode(architecture, config, device=CUDA)
     brief = config.model_copy(update={"tokens": SHORT, "strata": 4})
-    short = measure_decode(architecture, brief, device=CUDA, model=model).tpot_ms
+    short = measure_decode(architecture, brief, device=CUDA).tpot_ms
+    model = built(architecture)
     graph = DecodeGraph(model, 1, CONTEXTS[-1] + ROOM)
     contexts = {context: milliseconds(graph, context, 16, 2) for context in CONTEXTS}
     graph = DecodeGraph(model, 1, config.tokens)

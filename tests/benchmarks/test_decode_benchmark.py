@@ -36,7 +36,7 @@ def test_rows_are_measured_once_and_failures_end_nothing(
 
     monkeypatch.setitem(decode.PARTS, "operators", (measure, ["one", "bad", "two"]))
     for _ in range(2):
-        decode.run("operators", [], CONFIG, decode.Record(record.path))
+        decode.run("operators", [], CONFIG, decode.Record(record.path), 60)
     assert measured == ["one", "bad", "two", "bad"]
     assert "bad: RuntimeError: no such kernel" in capsys.readouterr().out
     assert set(json.loads(record.path.read_text())["operators"]) == {"one", "two"}
@@ -49,6 +49,17 @@ def test_record_of_other_kernels_is_left_alone(record: decode.Record) -> None:
     with pytest.raises(SystemExit, match="kernel_hash another"):
         decode.Record(record.path)
     assert json.loads(record.path.read_text()) == told
+
+
+def test_row_that_would_take_too_long_is_not_begun(record: decode.Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(name: str, config: LatencyConfig) -> decode_parts.Row:
+        time.sleep(0.06)
+        return {}, []
+
+    monkeypatch.setitem(decode.PARTS, "exact", (measure, ["one", "two"]))
+    with pytest.raises(decode.OutOfTime):
+        decode.run("exact", [], CONFIG, record, 0.1)
+    assert set(record.found["exact"]) == {"one"}
 
 
 def test_part_ends_when_its_time_is_over() -> None:
