@@ -99,8 +99,8 @@ def tasks(part: str, names: list[str]) -> Iterator[tuple[str, Task]]:
         elif part == "prefill":
             yield f"{name} prompts", functools.partial(prompts, name)
         elif part == "transformers":
-            yield f"{name} {TOKENS}", functools.partial(step, sample(load_architecture(name)), TOKENS)
             yield f"{name} transformers", functools.partial(generate, name)
+            yield f"{name} {TOKENS}", functools.partial(step, sample(load_architecture(name)), TOKENS)
 
 
 def rehearse(parts: list[str], names: list[str], processes: int) -> None:
