@@ -5,7 +5,9 @@ Adam without decay and unit rows and columns after every step. Same data order a
 the projection, at equal seed. Rows that the JSON file holds already are not trained again.
 
     python benchmarks/weight_normalization.py --json results.json --seeds 0 1 2
-    python benchmarks/weight_normalization.py --json results.json --show --picture results.png
+    python benchmarks/weight_normalization.py --json results.json --join other.json --show --picture results.png
+
+Parts that ran on several days or machines of one kind are joined; a row of the same model, recipe and seed counts once.
 """
 
 from __future__ import annotations
@@ -71,6 +73,12 @@ def train(candidate: Architecture, model: str, recipe: str, seed: int, config: P
     }
 
 
+def joined(paths: list[Path]) -> list[dict[str, Any]]:
+    """The rows of those files that exist, each training once."""
+    rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
+    return list({(row["model"], row["recipe"], row["seed"]): row for row in reversed(rows)}.values())[::-1]
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """A line a model: mean losses, and the mean of the paired differences with the spread between seeds."""
     for model in MODELS:
@@ -111,6 +119,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--join", type=Path, nargs="+", default=[], help="files of rows to take in")
     parser.add_argument("--show", action="store_true", help="only show what there is")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
@@ -124,7 +133,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--validation-tokens", type=int, default=500_000)
     args = parser.parse_args()
-    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    rows = joined([args.json, *args.join])
     fields = {name: getattr(args, name) for name in ("data", "tokens", "batch", "context", "validation_tokens")}
     config = ProxyConfig(learning_rate=1e-3, validations=10, **fields)
     done = {(row["model"], row["recipe"], row["seed"]) for row in rows}
@@ -134,6 +143,8 @@ def main() -> None:
         rows.append(train(candidate, *key, config))
         row = rows[-1]
         print(*key, f"loss {row['loss']:.4f}, {row['seconds']:.1f} s", row["phases"], flush=True)
+        args.json.write_text(json.dumps(rows) + "\n")
+    if args.join:
         args.json.write_text(json.dumps(rows) + "\n")
     show(rows)
     if args.picture:

@@ -7,7 +7,6 @@ Everything here computes in bf16 or fp16 (``half``), with states and decays in f
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -41,9 +40,12 @@ def half_dtype(x: Tensor) -> torch.dtype:
     return dtype
 
 
-def project(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The outputs of several projections of ``x`` (what ``half`` gives) side by side, by one matrix product."""
-    weight = _SideBySide.apply(x.dtype, 1, *(layer.weight for layer in layers))
+def project(x: Tensor, *layers: nn.Linear, multiple: int = 1) -> Tensor:
+    """The outputs of several projections of ``x`` (what ``half`` gives) side by side, by one matrix product.
+
+    Columns of zeros fill them up to a ``multiple``; layers with biases take none.
+    """
+    weight = _SideBySide.apply(x.dtype, multiple, *(layer.weight for layer in layers))
     biases = [layer.bias for layer in layers if layer.bias is not None]
     return F.linear(x, weight, torch.cat(biases).to(x.dtype) if biases else None)
 
@@ -77,8 +79,9 @@ class _SideBySide(torch.autograd.Function):
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
     """The delta rule with normalised ``q`` and ``k``; shapes as in ``delta_rule_chunked``, a state if ``keep``."""
-    chunk = operator("fla.ops.delta_rule.chunk:chunk_delta_rule")
-    o, state = chunk(q, k, v, beta.to(q.dtype), output_final_state=keep)
+    from archsearch.model.fused.delta_rule import DeltaRule
+
+    o, state = DeltaRule.apply(q, k, v, beta.to(q.dtype), keep)
     return o, state.mT if keep else None
 
 
@@ -171,7 +174,7 @@ def ssd_linear(
 def selective_scan(
     c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, z: Tensor, dt_bias: Tensor, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state if ``keep``.
+    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state, without a gradient, if ``keep``.
 
     Args:
         c: [B, T, state], reads the state.
@@ -203,27 +206,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Attention of each query [B, T, heads, D] to the last ``window`` keys, through torch's flash kernel.
 
-    The kernel skips the blocks outside the window: time grows as T times window.
+    The kernel skips the blocks outside the window: time grows as T times window. It is called by its own name:
+    ``scaled_dot_product_attention`` knows no window, and ``varlen_attn``, which does, takes twice the host's time.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    batch, length = q.shape[:2]
-    starts = _starts(batch, length, q.device)
-    flat = [t.flatten(0, 1) for t in (q, k, v)]
-    o = varlen_attn(*flat, starts, starts, length, length, window_size=(window - 1, 0), **_grouped())
-    return o.unflatten(0, (batch, length))
-
-
-@functools.cache  # and never dropped: captured graphs keep its address
-def _starts(batch: int, length: int, device: torch.device) -> Tensor:
-    return torch.arange(0, (batch + 1) * length, length, device=device, dtype=torch.int32)
-
-
-@functools.cache
-def _grouped() -> dict[str, bool]:
-    """Newer torch wants to be told that keys are shared by heads; older ones always allow it."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    length = q.shape[1]
+    found = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, length, length, 0.0, True, False, window_size_left=window - 1, window_size_right=0
+    )  # sequences of one length, no dropout, causal, no debug mask
+    return found[0]

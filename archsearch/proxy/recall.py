@@ -25,7 +25,7 @@ from archsearch.model.training_path import prepare
 from archsearch.proxy.optimizer import make_optimizer
 from archsearch.proxy.result import NonFiniteLoss
 from archsearch.proxy.schedule import learning_rate
-from archsearch.proxy.trainer import _dtype
+from archsearch.proxy.step import training_dtype
 
 FILLER = 0
 IGNORED = -100
@@ -131,7 +131,7 @@ def _train(
     recall = config.recall
     config = config.model_copy(update={"learning_rate": recall.learning_rate})
     model = build_model(architecture.model_copy(update={"vocab_size": recall.vocab_size}), seed, device)
-    dtype = _dtype(config.dtype, device)
+    dtype = training_dtype(config.dtype, device)
     prepare(model, config.kernels, device, dtype)
     optimizer = make_optimizer(model, config)
     steps = math.ceil(recall.tokens / (recall.batch * recall.context))

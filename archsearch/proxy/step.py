@@ -99,3 +99,10 @@ def mean_loss(model: HybridLM, windows: Tensor, dtype: torch.dtype) -> Tensor:
     """Mean loss of windows [B, context + 1] with matrix products in ``dtype``, nats a token."""
     with torch.autocast(windows.device.type, dtype=dtype, enabled=dtype is not torch.float32):
         return token_loss(model, model.hidden(windows[:, :-1]), windows[:, 1:])
+
+
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of matrix products that ``proxy.dtype`` names; ``auto`` is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

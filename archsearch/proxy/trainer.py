@@ -26,7 +26,7 @@ from archsearch.proxy.loss import loss_path
 from archsearch.proxy.optimizer import moments, set_step
 from archsearch.proxy.result import NonFiniteLoss, ProxyResult
 from archsearch.proxy.schedule import learning_rate, validation_steps
-from archsearch.proxy.step import TrainingStep, mean_loss
+from archsearch.proxy.step import TrainingStep, mean_loss, training_dtype
 
 OnProgress = Callable[[int, float], None]
 KeepGoing = Callable[[int, float], bool]
@@ -123,7 +123,7 @@ class _Training:
             self.held_out = torch.from_numpy(held_out).to(device)
             self.windows = Windows(corpus.train, config.context, seed)
         with clock("build"):
-            self.dtype = _dtype(config.dtype, device)
+            self.dtype = training_dtype(config.dtype, device)
             self.model = build_model(architecture, seed, device)
         with clock("kernels"):
             prepare(self.model, config.kernels, device, self.dtype)
@@ -227,9 +227,3 @@ class _Training:
         self.done, self.curve = progress.steps, list(progress.curve)
         set_step(self.step.optimizer, self.done)
         return self.tokens(self.done)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from archsearch.model import fla_ops, self_check
 from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, selective_scan_chunked, ssd_chunked
-from archsearch.model.fused import convolution, decay, heads, norm, residual, swiglu
+from archsearch.model.fused import bonus, convolution, decay, heads, norm, residual, shift, swiglu, transition
 from archsearch.model.layers import LAYERS
 from archsearch.model.layers.attention import windowed_attention
 from archsearch.operators import FFN, OPERATORS
@@ -80,19 +80,39 @@ def test_split_heads(norm, dim, length):
 @interpreted
 @pytest.mark.parametrize("length", [2, 20])
 @pytest.mark.parametrize(("dims", "taps", "bias", "normed"), [([8, 8, 12], 4, False, 2), ([16, 24, 24], 3, True, 0)])
-def test_convolve(length, dims, taps, bias, normed):
+@pytest.mark.parametrize("behind", [0, 3])
+def test_convolve(length, dims, taps, bias, normed, behind, monkeypatch):
+    monkeypatch.setattr(convolution, "TOKENS", 8)  # several programs along time
     weights = [draw(2 * dim, 1, taps, seed=dim) for dim in dims]
     biases = [draw(2 * dim, seed=dim) for dim in dims] if bias else [None] * 3
     inputs = [draw(2, length, 2 * sum(dims) + 5, seed=0), *weights, *biases]
 
     def run(function):
         def call(x):
-            slice = x[0][..., 2 : 2 + 2 * sum(dims)]
+            slice = x[0][..., 2 : 2 + 2 * sum(dims) + behind]
             return function(slice, x[1:4], x[4:] if bias else None, dims, normed)
 
         return call
 
     agree(run(convolution.convolve), run(convolution.convolve_reference), inputs)
+
+
+@interpreted
+def test_convolve_within():
+    """A wider projection, with one part of it alone."""
+    weights = [draw(channels, 1, 4, seed=1) for channels in (16, 0, 0)]
+    biases = [draw(channels, seed=2) for channels in (16, 0, 0)]
+    inputs = [draw(2, 9, 2 + 16 + 3, seed=0), *weights, *biases]
+
+    def within(x):
+        parts, before, behind = convolution.convolve_within(x[0], 2, x[1:4], x[4:], [8] * 3, normed=0)
+        return [parts[0], 2 * before, 3 * behind]
+
+    def apart(x):
+        before, inside, behind = x[0].tensor_split([2, 18], dim=-1)
+        return [convolution.convolve_reference(inside, x[1:4], x[4:], [8] * 3, normed=0)[0], 2 * before, 3 * behind]
+
+    agree(within, apart, inputs)
 
 
 @interpreted
@@ -112,6 +132,37 @@ def test_norm(gate, shape, gains):
         return call
 
     agree(run(norm.norm), run(norm.norm_reference), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "size"), [(1, 24), (9, 24), (5, 300)])
+def test_token_shift(length, size):
+    inputs = [draw(2, length, size, seed=0), *(draw(size, seed=seed) for seed in range(1, 7))]
+    agree(lambda x: shift.token_shift(x[0], x[1:]), lambda x: shift.token_shift_reference(x[0], x[1:]), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "heads", "dim"), [(1, 3, 8), (70, 2, 24)])
+def test_transition(length, heads, dim):
+    inputs = [draw(2, length, heads * dim, seed=seed) for seed in range(3)]
+    inputs += [draw(heads * dim, seed=seed) for seed in range(3, 7)]
+
+    def run(function):
+        return lambda x: function(*x[:3], x[3:], -0.6, heads)
+
+    agree(run(transition.transition), run(transition.transition_reference), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "heads", "dim"), [(1, 3, 8), (70, 2, 24)])
+def test_bonus(length, heads, dim):
+    inputs = [draw(2, length, heads, dim, seed=seed) for seed in range(4)]
+    inputs += [draw(2, length, heads * dim, seed=4), *(draw(heads * dim, seed=seed) for seed in range(5, 8))]
+
+    def run(function):
+        return lambda x: [function(*x[:5], x[5:], 1e-5)]
+
+    agree(run(bonus.bonus), run(bonus.bonus_reference), inputs)
 
 
 @interpreted

@@ -81,6 +81,13 @@ def test_attention_learns_what_a_copy_of_it_without_layers_to_look_back_cannot()
     assert looking.error < blind.error - 0.2
 
 
+def test_attention_recalls_all_at_the_default_rate_within_a_short_training() -> None:
+    task = {"context": 24, "pairs": [2, 4], "vocab_size": 16, "tokens": "800K", "batch": 32}
+    options = {"a": {"head_dim": 16, "qk_norm": True}}
+    model = make_architecture(hidden_size=32, vocab_size=256, operators="a a", options=options)
+    assert measure_recall(model, config(**task), seed=0, device="cpu").error < 0.05
+
+
 def test_divergence_is_told_with_its_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "_loss", lambda model, *rest: model.norm.weight.sum() * torch.nan)
     with pytest.raises(NonFiniteLoss):

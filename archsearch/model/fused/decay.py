@@ -30,19 +30,19 @@ class _LogDecay(torch.autograd.Function):
         out = torch.empty_like(x, dtype=torch.float32)
         ctx.save_for_backward(x)
         ctx.normalizer = normalizer
-        _forward[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), 1 / normalizer, BLOCK=BLOCK)
+        _log_decay_forward[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), 1 / normalizer, BLOCK=BLOCK)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         grad, out = grad.contiguous(), torch.empty_like(x)
-        _backward[(triton.cdiv(x.numel(), BLOCK),)](x, grad, out, x.numel(), 1 / ctx.normalizer, BLOCK=BLOCK)
+        _log_decay_backward[(triton.cdiv(x.numel(), BLOCK),)](x, grad, out, x.numel(), 1 / ctx.normalizer, BLOCK=BLOCK)
         return out, None
 
 
 @triton.jit(do_not_specialize=["scale"])
-def _forward(x, out, number, scale, BLOCK: tl.constexpr):
+def _log_decay_forward(x, out, number, scale, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < number, other=0.0).to(tl.float32)
     # minus softplus(-x), in the form that overflows on neither side
@@ -50,7 +50,7 @@ def _forward(x, out, number, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["scale"])
-def _backward(x, grad, out, number, scale, BLOCK: tl.constexpr):
+def _log_decay_backward(x, grad, out, number, scale, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < number, other=0.0).to(tl.float32)
     slope = tl.load(grad + at, mask=at < number, other=0.0).to(tl.float32) * scale * tl.sigmoid(-value)

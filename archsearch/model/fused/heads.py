@@ -80,7 +80,7 @@ class _SplitHeads(torch.autograd.Function):
         k, v = (merged.new_empty(batch, length, kv_heads, dim) for _ in range(2))
         ctx.save_for_backward(merged, table, q_gain, k_gain)
         ctx.eps = eps
-        _forward[_grid(q, k)](
+        _split_heads_forward[_grid(q, k)](
             merged, table, q_gain, k_gain, q, k, v, batch * length, length, eps, **_sizes(q, k, q_gain)
         )  # fmt: skip
         return q, k, v
@@ -93,7 +93,7 @@ class _SplitHeads(torch.autograd.Function):
         rows = dq.shape[0] * dq.shape[1]
         grid = _grid(dq, dk)
         d_gain = None if q_gain is None else merged.new_empty(grid[0], grid[1], dq.shape[-1], dtype=torch.float32)
-        _backward[grid](
+        _split_heads_backward[grid](
             merged, table, q_gain, k_gain, dq, dk, dv, out, d_gain, rows, dq.shape[1], ctx.eps,
             **_sizes(dq, dk, q_gain),
         )  # fmt: skip
@@ -117,7 +117,7 @@ def _sizes(q: Tensor, k: Tensor, gain: Tensor | None) -> dict[str, Any]:
 
 
 @triton.jit
-def _forward(
+def _split_heads_forward(
     merged, table, q_gain, k_gain, q, k, v, rows, length, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr,
@@ -151,7 +151,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _split_heads_backward(
     merged, table, q_gain, k_gain, dq, dk, dv, out, d_gain, rows, length, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr,

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 4096
-"""Numbers that a program holds at a time."""
+TILE, BACKWARD_TILE = 4096, 2048
+"""Numbers that a program holds at a time; the backward pass needs three times the registers for each."""
 
 PROGRAMS = 1024
 """Programs of the backward pass: each adds up its share of the gain's gradient in registers."""
@@ -76,7 +76,7 @@ class _Norm(torch.autograd.Function):
         sizes = _sizes(x, weight)
         rows = x.numel() // x.shape[-1]
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        _forward[grid](
+        _norm_forward[grid](
             x, weight, x if gate is None else gate, out, rows, stride, gate_stride, eps, ORDER=order, **sizes
         )
         ctx.save_for_backward(x, weight, gate)
@@ -89,13 +89,13 @@ class _Norm(torch.autograd.Function):
         grad = grad.contiguous()
         dx = x.new_empty(x.shape)
         dg = None if gate is None else gate.new_empty(gate.shape)
-        sizes = _sizes(x, weight)
+        sizes = _sizes(x, weight, BACKWARD_TILE)
         rows, groups = x.numel() // x.shape[-1], sizes["GROUPS"]
         programs = groups * max(1, min(PROGRAMS, triton.cdiv(rows, sizes["ROWS"])) // groups)
         steps = triton.cdiv(rows // groups, sizes["ROWS"] * (programs // groups))
         partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
         unused = (gate, dg) if gate is not None else (x, dx)
-        _backward[(programs,)](
+        _norm_backward[(programs,)](
             x, weight, *unused, grad, dx, partial, rows // groups, steps, *ctx.strides, ctx.eps,
             ORDER=ctx.order, **sizes,
         )  # fmt: skip
@@ -114,13 +114,13 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), token
 
 
-def _sizes(x: Tensor, weight: Tensor) -> dict[str, Any]:
+def _sizes(x: Tensor, weight: Tensor, tile: int = TILE) -> dict[str, Any]:
     """``HEADS`` rows a token, ``GROUPS`` of gains."""
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
     return {
         "HEADS": x.shape[-2] if x.dim() >= 4 else 1, "GROUPS": weight.numel() // size, "SIZE": size, "BLOCK": block,
-        "ROWS": max(1, TILE // block), "num_warps": 4 if block <= TILE else 8,
+        "ROWS": max(1, tile // block), "num_warps": 4 if block <= tile else 8,
     }  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _place(row, stride, lane, HEADS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _norm_forward(
     x, weight, gate, out, rows, stride, gate_stride, eps, ORDER: tl.constexpr, HEADS: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])
-def _backward(
+def _norm_backward(
     x, weight, gate, dg, grad, dx, partial, rows, steps, stride, gate_stride, eps, ORDER: tl.constexpr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

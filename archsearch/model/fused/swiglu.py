@@ -32,7 +32,7 @@ class _SwiGLU(torch.autograd.Function):
         out = merged.new_empty(*merged.shape[:-1], inner)
         ctx.save_for_backward(merged)
         grid = (out.numel() // inner, triton.cdiv(inner, BLOCK))
-        _forward[grid](merged, out, inner, BLOCK=BLOCK)
+        _swiglu_forward[grid](merged, out, inner, BLOCK=BLOCK)
         return out
 
     @staticmethod
@@ -41,12 +41,12 @@ class _SwiGLU(torch.autograd.Function):
         grad, inner = grad.contiguous(), merged.shape[-1] // 2
         out = torch.empty_like(merged)
         grid = (grad.numel() // inner, triton.cdiv(inner, BLOCK))
-        _backward[grid](merged, grad, out, inner, BLOCK=BLOCK)
+        _swiglu_backward[grid](merged, grad, out, inner, BLOCK=BLOCK)
         return out
 
 
 @triton.jit
-def _forward(merged, out, inner, BLOCK: tl.constexpr):
+def _swiglu_forward(merged, out, inner, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inner
     gate = tl.load(merged + row * 2 * inner + column, mask=inside, other=0.0).to(tl.float32)
@@ -55,7 +55,7 @@ def _forward(merged, out, inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(merged, grad, out, inner, BLOCK: tl.constexpr):
+def _swiglu_backward(merged, grad, out, inner, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inner
     gate = tl.load(merged + row * 2 * inner + column, mask=inside, other=0.0).to(tl.float32)

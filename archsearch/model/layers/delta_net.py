@@ -47,8 +47,13 @@ class DeltaRule(Layer):
         """Run the recurrence over whole sequences."""
         return delta_rule_chunked(l2_normalize(q), l2_normalize(k), v, beta, decay)
 
-    def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """The recurrence over normalised heads through a kernel, then the output norm; ``x`` gives the gates."""
+    def mix_fused(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The recurrence over normalised heads through a kernel, then the output norm.
+
+        ``beta`` [B, T, heads] is as projected, before its sigmoid; ``x`` gives the other gates.
+        """
         raise NotImplementedError
 
     def allocate_state(self, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> State:
@@ -70,12 +75,14 @@ class DeltaRule(Layer):
         from archsearch.model.fused.convolution import convolve
 
         x = fla_ops.half(x)
-        projected = fla_ops.project(x, self.q_proj, self.k_proj, self.v_proj)
+        layers = self.q_proj, self.k_proj, self.v_proj, self.b_proj
+        projected = fla_ops.project(x, *layers, multiple=fla_ops.ALIGNED)
         weights = [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
-        q, k, v = convolve(projected, weights, None, [self.key_dim, self.key_dim, self.value_dim], normed=2)
-        o, final = self.mix_fused(q, k, v, x, keep=state is not None)
+        dims = [self.key_dim, self.key_dim, self.value_dim]
+        q, k, v, behind = convolve(projected, weights, None, dims, normed=2)
+        o, final = self.mix_fused(q, k, v, behind[..., : self.heads], x, keep=state is not None)
         if state is not None:
-            ShortConvolution.keep(projected, state["conv"])
+            ShortConvolution.keep(projected[..., : sum(self.widths)], state["conv"])
             state["recurrent"].copy_(final)
         return self.o_proj(o.flatten(-2))
 
@@ -121,8 +128,10 @@ class DeltaNet(DeltaRule):
     def decay(self, x: Tensor) -> Tensor | None:
         return None
 
-    def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        o, final = fla_ops.delta_rule(q, k, v, self.b_proj(x).sigmoid(), keep=keep)
+    def mix_fused(
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, *, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        o, final = fla_ops.delta_rule(q, k, v, beta.sigmoid(), keep=keep)
         return self.o_norm.fused(o), final
 
     def normed(self, o: Tensor, x: Tensor) -> Tensor:
