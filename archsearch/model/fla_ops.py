@@ -7,7 +7,6 @@ Everything here computes in bf16 or fp16 (``half``), with states and decays in f
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -175,7 +174,7 @@ def ssd_linear(
 def selective_scan(
     c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor, skip: Tensor, z: Tensor, dt_bias: Tensor, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state if ``keep``.
+    """Mamba's state-space model with its skip ``D x`` and its gate ``z``; a state, without a gradient, if ``keep``.
 
     Args:
         c: [B, T, state], reads the state.
@@ -207,27 +206,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Attention of each query [B, T, heads, D] to the last ``window`` keys, through torch's flash kernel.
 
-    The kernel skips the blocks outside the window: time grows as T times window.
+    The kernel skips the blocks outside the window: time grows as T times window. It is called by its own name:
+    ``scaled_dot_product_attention`` knows no window, and ``varlen_attn``, which does, takes twice the host's time.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
-    batch, length = q.shape[:2]
-    starts = _starts(batch, length, q.device)
-    flat = [t.flatten(0, 1) for t in (q, k, v)]
-    o = varlen_attn(*flat, starts, starts, length, length, window_size=(window - 1, 0), **_grouped())
-    return o.unflatten(0, (batch, length))
-
-
-@functools.cache  # and never dropped: captured graphs keep its address
-def _starts(batch: int, length: int, device: torch.device) -> Tensor:
-    return torch.arange(0, (batch + 1) * length, length, device=device, dtype=torch.int32)
-
-
-@functools.cache
-def _grouped() -> dict[str, bool]:
-    """Newer torch wants to be told that keys are shared by heads; older ones always allow it."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    length = q.shape[1]
+    found = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, length, length, 0.0, True, False, window_size_left=window - 1, window_size_right=0
+    )  # sequences of one length, no dropout, causal, no debug mask
+    return found[0]

@@ -98,7 +98,7 @@ class Choice:
             return [0.0] * len(quantiles)
         with Path(tempfile.gettempdir(), "archsearch-tuning.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # processes that tune at the same time would disturb each other
-            timings: list[float] = driver.active.get_benchmarker()(call, quantiles=quantiles, warmup=5, rep=30)
+            timings: list[float] = driver.active.get_benchmarker()(call, quantiles=quantiles, warmup=3, rep=15)
         return timings
 
     def _key(self, kwargs: dict[str, Any]) -> Key:

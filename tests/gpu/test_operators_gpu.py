@@ -2,12 +2,11 @@
 
 Each kind at two head dims, always with four heads: kernels are tuned once for each number of heads and head dim,
 which takes minutes where no tuned configuration is at hand (``TRITON_FIRST_CONFIG=1``, see ``conftest.py``, helps).
-Errors are printed (``pytest -rP``).
+Errors are printed (``pytest -rP``). RWKV-7 with head dim 64 at one token is the case that rounding alone decides: see
+``test_rwkv7_at_one_token_hangs_on_the_last_bit`` in tests/model/test_layers.py.
 """
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -64,9 +63,7 @@ def skip_without_libraries(case: Case) -> None:
 @pytest.mark.parametrize("length", kit.LENGTHS)
 def test_training_path_agrees_with_the_reference(case, length):
     skip_without_libraries(case)
-    # RWKV-7's LayerNorm of a multiple of v cancels in 16 bits, and at one token there is nothing else: finite will do
-    alone = case.kind == "r7" and length == 1
-    kit.check_training_path(case, length, "cuda", {"output": BOUNDS["output"], "other": math.inf} if alone else BOUNDS)
+    kit.check_training_path(case, length, "cuda", BOUNDS)
 
 
 @each_case

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from archsearch.model import fla_ops, self_check
 from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, selective_scan_chunked, ssd_chunked
-from archsearch.model.fused import convolution, decay, heads, norm, residual, swiglu
+from archsearch.model.fused import bonus, convolution, decay, heads, norm, residual, shift, swiglu, transition
 from archsearch.model.layers import LAYERS
 from archsearch.model.layers.attention import windowed_attention
 from archsearch.operators import FFN, OPERATORS
@@ -98,6 +98,24 @@ def test_convolve(length, dims, taps, bias, normed, behind, monkeypatch):
 
 
 @interpreted
+def test_convolve_within():
+    """A wider projection, with one part of it alone."""
+    weights = [draw(channels, 1, 4, seed=1) for channels in (16, 0, 0)]
+    biases = [draw(channels, seed=2) for channels in (16, 0, 0)]
+    inputs = [draw(2, 9, 2 + 16 + 3, seed=0), *weights, *biases]
+
+    def within(x):
+        parts, before, behind = convolution.convolve_within(x[0], 2, x[1:4], x[4:], [8] * 3, normed=0)
+        return [parts[0], 2 * before, 3 * behind]
+
+    def apart(x):
+        before, inside, behind = x[0].tensor_split([2, 18], dim=-1)
+        return [convolution.convolve_reference(inside, x[1:4], x[4:], [8] * 3, normed=0)[0], 2 * before, 3 * behind]
+
+    agree(within, apart, inputs)
+
+
+@interpreted
 @pytest.mark.parametrize("gate", ["none", "after", "before", "sigmoid"])
 @pytest.mark.parametrize(("shape", "gains"), [((2, 3, 40), 40), ((2, 5, 3, 8), 8), ((2, 5, 3, 8), 24), ((1, 1, 9), 9)])
 def test_norm(gate, shape, gains):
@@ -114,6 +132,37 @@ def test_norm(gate, shape, gains):
         return call
 
     agree(run(norm.norm), run(norm.norm_reference), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "size"), [(1, 24), (9, 24), (5, 300)])
+def test_token_shift(length, size):
+    inputs = [draw(2, length, size, seed=0), *(draw(size, seed=seed) for seed in range(1, 7))]
+    agree(lambda x: shift.token_shift(x[0], x[1:]), lambda x: shift.token_shift_reference(x[0], x[1:]), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "heads", "dim"), [(1, 3, 8), (70, 2, 24)])
+def test_transition(length, heads, dim):
+    inputs = [draw(2, length, heads * dim, seed=seed) for seed in range(3)]
+    inputs += [draw(heads * dim, seed=seed) for seed in range(3, 7)]
+
+    def run(function):
+        return lambda x: function(*x[:3], x[3:], -0.6, heads)
+
+    agree(run(transition.transition), run(transition.transition_reference), inputs)
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "heads", "dim"), [(1, 3, 8), (70, 2, 24)])
+def test_bonus(length, heads, dim):
+    inputs = [draw(2, length, heads, dim, seed=seed) for seed in range(4)]
+    inputs += [draw(2, length, heads * dim, seed=4), *(draw(heads * dim, seed=seed) for seed in range(5, 8))]
+
+    def run(function):
+        return lambda x: [function(*x[:5], x[5:], 1e-5)]
+
+    agree(run(bonus.bonus), run(bonus.bonus_reference), inputs)
 
 
 @interpreted

@@ -58,16 +58,31 @@ def convolve(
     x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, dims: list[int], normed: int
 ) -> list[Tensor]:
     """``convolve_reference`` by a kernel; ``x`` may be a slice of a wider projection."""
-    return list(_Convolve.apply(x, *weights, *(biases or [None] * 3), dims, normed))
+    parts, _, behind = convolve_within(x, 0, weights, biases, dims, normed)
+    return [*parts, behind]
+
+
+def convolve_within(
+    x: Tensor, start: int, weights: list[Tensor], biases: list[Tensor] | None, dims: list[int], normed: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """``convolve`` of the columns from ``start`` on: the parts, and the columns before and behind them.
+
+    Gradients of all columns are then written into one tensor as they are computed; those of slices would be joined
+    by a pass of their own.
+    """
+    *parts, before, behind = _Convolve.apply(x, *weights, *(biases or [None] * 3), dims, normed, start)
+    return parts, before, behind
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        *parameters, dims, normed = rest
-        if x.stride(-1) != 1 or x.stride(0) != x.shape[1] * x.stride(1):
-            x = x.contiguous()
+    def forward(ctx: Any, merged: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *parameters, dims, normed, start = rest
+        if merged.stride(-1) != 1 or merged.stride(0) != merged.shape[1] * merged.stride(1):
+            merged = merged.contiguous()
         widths = [len(weight) for weight in parameters[:3]]
+        ctx.start, ctx.columns = start, merged.shape[-1]
+        before, x, behind = merged.tensor_split([start, start + sum(widths)], dim=-1)
         # tap by tap, so that neighbouring lanes read neighbouring numbers
         weight = torch.cat([t.flatten(1) for t in parameters[:3]]).T.contiguous()
         bias = None if parameters[3] is None else torch.cat(parameters[3:])
@@ -77,23 +92,26 @@ class _Convolve(torch.autograd.Function):
         grid, sizes = _launch(x, weight, bias, out, normed)
         lengths = x.shape[1], x.stride(1), sum(widths)
         _convolve_forward[grid](x, weight, weight if bias is None else bias, *out, *lengths, **sizes)
-        return *out, x[..., sum(widths) :].clone()
+        return *out, before, behind
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        *grads, behind = (grad.contiguous() for grad in grads)
+        *grads, before, behind = (grad.contiguous() for grad in grads)
         grid, sizes = _launch(x, weight, bias, grads, ctx.normed)
         taps, channels = weight.shape
-        dx = x.new_empty(x.shape)
-        dx[..., channels:] = behind
+        d_merged = x.new_empty(*x.shape[:2], ctx.columns)
+        to_before, dx, to_behind = d_merged.tensor_split([ctx.start, ctx.start + channels], dim=-1)
+        to_before.copy_(before)
+        to_behind.copy_(behind)
         # a row of blocks each, added up below: no atomics, so the same inputs give the same bits
         partial = x.new_empty(grid[0] * grid[2], taps + 1, channels, dtype=torch.float32)
-        lengths = x.shape[1], x.stride(1), x.shape[-1], channels
+        lengths = x.shape[1], x.stride(1), ctx.columns, channels
         _convolve_backward[grid](x, weight, weight if bias is None else bias, *grads, dx, partial, *lengths, **sizes)
         found = partial.sum(0).split(ctx.widths, dim=-1)
         d_weights = [t[:-1].T[:, None].to(weight.dtype) for t in found]
-        return dx, *d_weights, *([None] * 3 if bias is None else [t[-1].to(bias.dtype) for t in found]), None, None
+        d_biases = [None] * 3 if bias is None else [t[-1].to(bias.dtype) for t in found]
+        return d_merged, *d_weights, *d_biases, None, None, None
 
 
 def _launch(

@@ -113,7 +113,7 @@ class SlidingWindowAttention(Attention):
     The state is a ring: position p is in slot p mod slots.
     """
 
-    kernels: ClassVar[str] = "varlen_attn flash, windowed"
+    kernels: ClassVar[str] = "flash attention, windowed"
 
     def __init__(self, config: operators.SlidingWindowAttention, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__(config, hidden_size, norm_eps)

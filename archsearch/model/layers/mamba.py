@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -73,13 +74,21 @@ class Mamba(Layer):
         return self._output(o, values, z)
 
     def fused(self, x: Tensor, state: State | None) -> Tensor:
-        channels, z = self.in_proj(fla_ops.half(x)).chunk(2, dim=-1)
-        values = self.conv1d(channels, None if state is None else state["conv"])
+        from archsearch.model.fused.convolution import convolve_within
+
+        projected = self.in_proj(fla_ops.half(x))
+        # one part alone, in heads that only say how a program of the kernel divides it
+        weights, biases = (list(t.split([self.inner, 0, 0])) for t in (self.conv1d.weight, self.conv1d.bias))
+        dims = [math.gcd(self.inner, 128)] * 3
+        (values, *_), _, z = convolve_within(projected, 0, weights, biases, dims, normed=0)
+        values = values.flatten(-2)
         low, b, c = self._projected(values)
-        steps = F.linear(low, self.dt_proj.weight.to(low.dtype))
+        # the scan wants time last, and this product gives it
+        steps = (self.dt_proj.weight.to(low.dtype) @ low.mT).mT
         rates, skip, bias = self.rates(), self.D.float(), self.dt_proj.bias.float()
         o, final = fla_ops.selective_scan(c, b, values, steps, rates, skip, z, bias, keep=state is not None)
         if state is not None:
+            ShortConvolution.keep(projected[..., : self.inner], state["conv"])
             state["recurrent"].copy_(final)
         return self.out_proj(o)
 

@@ -74,17 +74,17 @@ class Mamba2(Layer):
         return self._output(o, values, z)
 
     def fused(self, x: Tensor, state: State | None) -> Tensor:
-        from archsearch.model.fused.convolution import convolve
+        from archsearch.model.fused.convolution import convolve_within
 
-        x = fla_ops.half(x)
-        z, channels, dt = self.in_proj(x).split([self.inner, self.channels, self.heads], dim=-1)
+        projected = self.in_proj(fla_ops.half(x))
         shared = self.groups * self.state_size
         weights, biases = (t.split([self.inner, shared, shared]) for t in (self.conv1d.weight, self.conv1d.bias))
         dims = [self.inner // self.heads, self.state_size, self.state_size]
-        values, b, c, _ = convolve(channels, list(weights), list(biases), dims, normed=0)
+        parts, z, dt = convolve_within(projected, self.inner, list(weights), list(biases), dims, normed=0)
+        values, b, c = parts
         o, final = fla_ops.ssd(c, b, values, dt, self._rate(), self.D, self.dt_bias, keep=state is not None)
         if state is not None:
-            ShortConvolution.keep(channels, state["conv"])
+            ShortConvolution.keep(projected.narrow(-1, self.inner, self.channels), state["conv"])
             state["recurrent"].copy_(final)
         return self.out_proj(self.norm.fused(o.flatten(-2), z, gate_first=True))
 

@@ -30,6 +30,10 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.lora(x)
 
+    def without_bias(self, x: Tensor) -> Tensor:
+        """The same before the bias is added."""
+        return F.linear(self.lora[1](self.lora[0](x)), self.lora[2].weight)
+
 
 class RWKV7(Layer):
     """RWKV-7's time mixing (arXiv 2503.14456, section 4), its weights named as in flash-linear-attention.
@@ -77,20 +81,29 @@ class RWKV7(Layer):
         }
 
     def sequence(self, x: Tensor, state: State | None) -> Tensor:
-        parts, gate = self._parts(x, F.pad(x, (0, 0, 1, -1)), accumulator(x.dtype))
+        parts, gate = self._parts(x, F.pad(x, (0, 0, 1, -1)))
         o, final = self.mix(*parts)
         self._keep(state, x, final)
         return self._output(o, parts, gate)
 
     def fused(self, x: Tensor, state: State | None) -> Tensor:
+        from archsearch.model.fused.bonus import bonus
+        from archsearch.model.fused.shift import token_shift
+        from archsearch.model.fused.transition import transition
+
         x = fla_ops.half(x)
-        parts, gate = self._parts(x, F.pad(x, (0, 0, 1, -1)), x.dtype)
-        o, final = fla_ops.rwkv7(*parts, STRONGEST, keep=state is not None)
+        r, w, k, v, a, g = token_shift(x, [self.get_parameter(f"x_{name}") for name in self.inputs])
+        r, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.r_proj(r), self.v_proj(v)))
+        w, a = self.w_lora.without_bias(w), self.a_lora.without_bias(a)
+        scales = [self.k_k, self.k_a, self.w_lora.lora[2].bias, self.a_lora.lora[2].bias]
+        k, removal, replaced, decay = transition(self.k_proj(k), w, a, scales, STRONGEST, self.heads)
+        o, final = fla_ops.rwkv7(r, k, v, removal, replaced, decay, STRONGEST, keep=state is not None)
         self._keep(state, x, final)
-        return self._output(o, parts, gate)
+        norm = [self.g_norm.weight, self.g_norm.bias, self.r_k]
+        return self.o_proj(bonus(o, r, k, v, self.g_lora(g), norm, self.norm_eps))
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
-        parts, gate = self._parts(x, state["conv"][:, 0].to(x.dtype), accumulator(x.dtype))
+        parts, gate = self._parts(x, state["conv"][:, 0].to(x.dtype))
         o, final = dplr_step(*parts, state["recurrent"])
         self._keep(state, x[:, None], final)
         return self._output(o, parts, gate)
@@ -100,9 +113,9 @@ class RWKV7(Layer):
             state["conv"].copy_(x[:, -1:])
             state["recurrent"].copy_(final)
 
-    def _parts(self, x: Tensor, previous: Tensor, exact: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        """What the recurrence takes in the type ``exact``, split into heads, and the output gate."""
-        delta = previous - x
+    def _parts(self, x: Tensor, previous: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the recurrence takes, exactly and split into heads, and the output gate."""
+        delta, exact = previous - x, accumulator(x.dtype)
         mixes = (self.get_parameter(f"x_{name}").to(x.dtype) for name in self.inputs)
         r, w, k, v, a, g = (torch.addcmul(x, delta, mix) for mix in mixes)
         r, k, v, gate = self.r_proj(r), self.k_proj(k), self.v_proj(v), self.g_lora(g)

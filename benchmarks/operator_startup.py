@@ -1,0 +1,80 @@
+"""How long operators take from a fresh process to their first training step: ``operators.py --startup``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.operator_layers import BATCH, LENGTH, ours, step, wake_autograd
+
+OURS_ALONE = """
+from archsearch.model.fla_library import load
+for name in ("gla", "delta_rule", "gated_delta_rule", "kda", "rwkv7"):
+    load(f"fla.ops.{name}.chunk")
+"""
+
+
+def startup(kinds: list[str], hidden: int) -> dict[str, Any]:
+    """All kinds at once in fresh processes, on an empty cache, then on the one that this left."""
+    found: dict[str, Any] = {"hidden": hidden, "cores": len(os.sched_getaffinity(0))}
+    with tempfile.TemporaryDirectory() as cache:
+        # neither kernels that were compiled before nor configurations that were tuned on this machine
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}
+        for state in ("cold", "warm"):
+            start = time.perf_counter()
+            commands = [[sys.executable, sys.argv[0], "--startup-one", k, "--hidden", str(hidden)] for k in kinds]
+            running = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
+            rows = [_result(kind, process) for kind, process in zip(kinds, running, strict=True)]
+            found[state] = {"total_s": time.perf_counter() - start, "kinds": rows}
+            print(f"{state}: {found[state]['total_s']:.1f} s in all, width {hidden}")
+            for row in rows:
+                print("  " + " ".join(f"{k} {v:.1f}" if isinstance(v, float) else str(v) for k, v in row.items()))
+    found["imports_s"] = imports()
+    print("imports after torch: " + ", ".join(f"{name} {value:.1f} s" for name, value in found["imports_s"].items()))
+    return found
+
+
+def _result(kind: str, process: subprocess.Popen[str]) -> dict[str, Any]:
+    lines = process.communicate()[0].splitlines()
+    if process.returncode:
+        return {"kind": kind, "failed": f"exit code {process.returncode}"}
+    row: dict[str, Any] = json.loads(lines[-1])
+    return row
+
+
+def startup_one(kind: str, hidden: int) -> dict[str, Any]:
+    """In a fresh process: seconds until torch is imported, until the device answers, until the first step is done."""
+    start = time.perf_counter()
+    import torch
+
+    imported = time.perf_counter()
+    x = torch.randn(BATCH, LENGTH, hidden, device="cuda", requires_grad=True)
+    wake_autograd()
+    torch.cuda.synchronize()
+    context = time.perf_counter()
+    step(ours(kind, hidden), x)
+    torch.cuda.synchronize()
+    end = time.perf_counter()
+    tuner = sys.modules.get("archsearch.model.tuned")
+    tuned = sorted(tuner.Choice.missed) if tuner else []
+    return {
+        "kind": kind, "import_s": imported - start, "context_s": context - imported, "first_step_s": end - context,
+        "tuned_here": tuned,
+    }  # fmt: skip
+
+
+def imports() -> dict[str, float]:
+    """Seconds that fresh processes with torch take to import the library's layers, and what we use of it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    running = {}
+    for name, code in (("fla.layers", "import fla.layers"), ("the operators that we use", OURS_ALONE)):
+        timing = f"import time, torch\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
+        command = [sys.executable, "-W", "ignore", "-c", timing]
+        running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return {name: float(process.communicate()[0].splitlines()[-1]) for name, process in running.items()}
