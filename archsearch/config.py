@@ -79,7 +79,7 @@ class RecallConfig(Frozen):
     vocab_size: int = Field(512, ge=8, description="half of them keys, half of them values")
     tokens: Quantity = Field(20_000_000, ge=1, description="training budget; training ends where all is recalled")
     batch: int = Field(64, ge=1, description="sequences a step")
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="at 3e-3 attention does not learn the task")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="at 3e-3 attention without QK norm learns nothing")
     seeds: int = Field(1, ge=1, le=100, description="trainings; the error is their mean")
     test_sequences: int = Field(256, ge=1, description="of each number of pairs")
 

@@ -10,21 +10,15 @@ import json
 import logging
 import math
 import os
-import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
-from archsearch.errors import ArchsearchError, InvalidArchitecture, StorageError
-from archsearch.evaluation import Evaluation, Outcome, Rung
-from archsearch.stopping import StoppingRule, Verdict
+from archsearch.errors import InvalidArchitecture, StorageError
+from archsearch.evaluation import Evaluation, Outcome
+from archsearch.record import Record, accounted
+from archsearch.stopping import StoppingRule
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +30,6 @@ if TYPE_CHECKING:
 EPOCHS = 4
 """Up to here repeated text is about as good as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
 log = logging.getLogger(__name__)
-_CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "Cannot allocate memory")
 
 
 def prepare_data(config: RunConfig) -> None:
@@ -78,8 +71,8 @@ class ProxyEvaluator:
 
     def __call__(self, architecture: Architecture, *, seed: int, stopping: StoppingRule | None = None) -> Evaluation:
         """Evaluate once. Every failure comes back as an outcome with its cause in ``error``."""
-        record = _Record(architecture, seed)
-        with _accounted(record.seconds):
+        record = Record(architecture, seed)
+        with accounted(record.seconds):
             try:
                 self._evaluate(record, stopping)
             except Exception as error:
@@ -88,7 +81,7 @@ class ProxyEvaluator:
                 _release_memory()
         return record.evaluation()
 
-    def _evaluate(self, record: _Record, stopping: StoppingRule | None) -> None:
+    def _evaluate(self, record: Record, stopping: StoppingRule | None) -> None:
         with record.phase("import"):
             device, record.device = _prepare(self.config.execution.device)
         objectives, limits = self.config.search.objectives, self.config.space.limits
@@ -101,7 +94,7 @@ class ProxyEvaluator:
             self._train(record, device, stopping)
         record.objectives = {name: record.objectives[name] for name in objectives}
 
-    def _train(self, record: _Record, device: torch.device, stopping: StoppingRule | None) -> None:
+    def _train(self, record: Record, device: torch.device, stopping: StoppingRule | None) -> None:
         from archsearch.proxy.rungs import Judge, Stopped
 
         judge = Judge(self.config.proxy, record.objectives, stopping)
@@ -115,7 +108,7 @@ class ProxyEvaluator:
             with record.phase("save"):
                 self._save(record, result.model, path)
 
-    def _save(self, record: _Record, model: HybridLM, path: Path) -> None:
+    def _save(self, record: Record, model: HybridLM, path: Path) -> None:
         """Keep the weights and what tokenised their text; a full disk says nothing against the candidate."""
         from archsearch.proxy.data import load_corpus
 
@@ -126,95 +119,6 @@ class ProxyEvaluator:
                 corpus.tokenizer.save(path.parent)
         except StorageError as error:
             record.paths["weights"] = f"not kept: {error.cause}"
-
-
-_ended: float | None = None
-"""When the last evaluation of this process ended, on the wall clock."""
-
-
-@contextmanager
-def _accounted(seconds: dict[str, float]) -> Iterator[None]:
-    """Add what the phases leave out: ``idle`` before, since the last one or the start of the process, and ``other``."""
-    global _ended
-    begin = time.time()
-    idle = max(begin - (psutil.Process().create_time() if _ended is None else _ended), 0.0)
-    try:
-        yield
-    finally:
-        _ended = time.time()
-        seconds["other"] = max(_ended - begin - sum(seconds.values()), 0.0)
-        seconds["idle"] = idle
-
-
-@dataclass
-class _Record:
-    """What is known of an evaluation so far; it outlives the failure of a phase."""
-
-    architecture: Architecture
-    seed: int
-    outcome: Outcome = Outcome.OK
-    error: str = ""
-    objectives: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    curve: tuple[tuple[int, float], ...] = ()
-    rungs: tuple[Rung, ...] = ()
-    verdict: Verdict | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)
-    device: str = ""
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.perf_counter() - start
-
-    def fail(self, error: Exception) -> None:
-        self.outcome = classify(error)
-        self.curve = getattr(error, "curve", self.curve)
-        self.error = _explain(error, self.outcome)
-
-    def evaluation(self) -> Evaluation:
-        objectives = self.objectives if self.outcome is Outcome.OK else {}
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Evaluation(**{**fields, "objectives": objectives})
-
-
-def classify(error: Exception) -> Outcome:
-    """The outcome that an exception of an evaluation means."""
-    import torch
-
-    from archsearch.latency.device import DoesNotFit
-    from archsearch.latency.validity import InvalidMeasurement
-    from archsearch.model.self_check import WrongKernels
-    from archsearch.proxy.result import NonFiniteLoss
-    from archsearch.proxy.rungs import Stopped
-
-    outcomes: list[tuple[type[Exception], Outcome]] = [
-        (Stopped, Outcome.STOPPED),
-        (InvalidArchitecture, Outcome.INFEASIBLE),
-        (InvalidMeasurement, Outcome.INVALID_MEASUREMENT),
-        (WrongKernels, Outcome.INVALID_MEASUREMENT),
-        (NonFiniteLoss, Outcome.NAN),
-        (DoesNotFit, Outcome.OOM),
-        (MemoryError, Outcome.OOM),
-        (torch.OutOfMemoryError, Outcome.OOM),
-    ]
-    for kind, outcome in outcomes:
-        if isinstance(error, kind):
-            return outcome
-    exhausted = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_OUT_OF_MEMORY)
-    return Outcome.OOM if exhausted else Outcome.CRASH
-
-
-def _explain(error: Exception, outcome: Outcome) -> str:
-    if isinstance(error, ArchsearchError):
-        return f"{type(error).__name__}: {error.cause}; {error.remedy}"
-    if outcome is Outcome.CRASH:
-        return "".join(traceback.format_exception(error)).strip()
-    return str(error) if outcome is Outcome.STOPPED else f"{type(error).__name__}: {error}"
 
 
 # Phases
@@ -232,7 +136,7 @@ def _prepare(name: str) -> tuple[torch.device, str]:
     return device, device_name(device)
 
 
-def _static_costs(record: _Record, config: RunConfig) -> None:
+def _static_costs(record: Record, config: RunConfig) -> None:
     architecture = record.architecture
     state_bytes = architecture.state_bytes(config.space.limits.state_context)
     record.objectives |= {"parameters": float(architecture.parameters), "state_bytes": float(state_bytes)}
@@ -244,7 +148,7 @@ def _static_costs(record: _Record, config: RunConfig) -> None:
     }
 
 
-def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
+def _measure(record: Record, config: RunConfig, device: torch.device) -> None:
     from archsearch.latency.decode import measure_decode
 
     with record.phase("latency"):
@@ -260,7 +164,7 @@ def _measure(record: _Record, config: RunConfig, device: torch.device) -> None:
         raise InvalidArchitecture(cause, "widen space.limits.decode_latency")
 
 
-def _recall(record: _Record, config: RunConfig, device: torch.device) -> None:
+def _recall(record: Record, config: RunConfig, device: torch.device) -> None:
     from archsearch.latency.lock import sharing
     from archsearch.proxy.recall import measure_recall
 
@@ -275,7 +179,7 @@ def _recall(record: _Record, config: RunConfig, device: torch.device) -> None:
 
 
 def _train(
-    record: _Record, config: RunConfig, device: torch.device, judge: Judge, checkpoint: Path | None
+    record: Record, config: RunConfig, device: torch.device, judge: Judge, checkpoint: Path | None
 ) -> ProxyResult:
     from archsearch.latency.lock import sharing
     from archsearch.proxy.checkpoint import UnfitCheckpoint
@@ -309,7 +213,7 @@ def _train(
     return result
 
 
-def _file(folder: str | None, record: _Record, what: str) -> Path | None:
+def _file(folder: str | None, record: Record, what: str) -> Path | None:
     """The candidate's file in a folder of the run; None where there is no such folder here."""
     if folder is None:
         return None

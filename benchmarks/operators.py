@@ -183,7 +183,7 @@ def speed(args: argparse.Namespace, save: Callable[[Any], None]) -> None:
         late = waiting if time.perf_counter() - begin > args.patience and not start.is_set() else set()
         ended = {job for job in measured if not running[job].is_alive()}
         # what a process sent before it ended is read first
-        for job in ended | late if queue.empty() else late:
+        for job in sorted(ended | late if queue.empty() else late):
             reason = f"not compiled after {args.patience:.0f} s" if job in late else "the process died"
             running[job].terminate()
             done(job, {f"{job[1]}_failed": reason})

@@ -1,7 +1,7 @@
 """Associative recall of attention, linear mixers and hybrids: who finds what as the pairs grow.
 
-    python benchmarks/recall.py [--operators "d a" "d d" ...] [--width 32] [--head 8] [--jobs 1] [--device auto]
-        [--set KEY=VALUE ...] [--json PATH] [--png PATH]
+    python benchmarks/recall.py [--operators "d a" "d d" ...] [--width 32] [--head 8] [--plain] [--jobs 1]
+        [--device auto] [--set KEY=VALUE ...] [--json PATH] [--png PATH]
 
 Trains each list of operators on the generated task of ``archsearch/proxy/recall.py`` (Arora et al. 2023, Zoology)
 and prints the accuracy at each number of pairs. ``--set`` takes keys of ``proxy.recall``, lists with commas.
@@ -26,11 +26,11 @@ from archsearch.files import Document, parse_yaml, to_json, validate, write_atom
 HYBRIDS = ["d a", "m2 a", "d d", "m2 m2"]
 
 
-def options(head: int) -> dict[str, dict[str, Any]]:
+def options(head: int, qk_norm: bool) -> dict[str, dict[str, Any]]:
     """Linear mixers with heads of ``head`` and states of that size: their memory ends within the numbers of pairs."""
     return {
-        "a": {"head_dim": 16, "qk_norm": True},
-        "w": {"head_dim": 16, "qk_norm": True, "window": 16},
+        "a": {"head_dim": 16, "qk_norm": qk_norm},
+        "w": {"head_dim": 16, "qk_norm": qk_norm, "window": 16},
         "d": {"head_dim": head},
         "gd": {"head_dim": head},
         "gl": {"head_dim": head},
@@ -49,14 +49,16 @@ def proxy_settings(pairs: list[str]) -> dict[str, Any]:
     return validate(ProxyConfig, Document(values, "--set", {})).model_dump(mode="json")
 
 
-def train(operators: str, width: int, head: int, proxy: dict[str, Any], device: str, seed: int) -> dict[str, Any]:
+def train(
+    operators: str, width: int, head: int, qk_norm: bool, proxy: dict[str, Any], device: str, seed: int
+) -> dict[str, Any]:
     import torch
 
     from archsearch.latency.device import device_name, resolve_device
     from archsearch.proxy.recall import measure_recall
 
     torch.set_num_threads(1)
-    chosen = {kind: values for kind, values in options(head).items() if kind in operators.split()}
+    chosen = {kind: values for kind, values in options(head, qk_norm).items() if kind in operators.split()}
     architecture = make_architecture(hidden_size=width, vocab_size=256, operators=operators, options=chosen)
     where = resolve_device(device)
     start = time.perf_counter()
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", default=HYBRIDS)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--head", type=int, default=8)
+    parser.add_argument("--plain", action="store_true", help="attention without QK norm")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -125,14 +128,17 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.jobs, mp_context=context) as pool:
         jobs = [
-            pool.submit(train, name, given.width, given.head, proxy, given.device, given.seed)
+            pool.submit(train, name, given.width, given.head, not given.plain, proxy, given.device, given.seed)
             for name in given.operators
         ]
         for job in as_completed(jobs):
             rows.append(job.result())
             print_row(rows[-1])
             if given.json:
-                write_atomic(given.json, to_json({"proxy": proxy, "width": given.width, "rows": rows}))
+                write_atomic(
+                    given.json,
+                    to_json({"proxy": proxy, "width": given.width, "qk_norm": not given.plain, "rows": rows}),
+                )
     rows.sort(key=lambda row: row["error"])
     if given.png:
         draw(rows, given.png, f"Associative recall at width {given.width}: {rows[0]['device']}")

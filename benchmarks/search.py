@@ -2,7 +2,7 @@
 
     python benchmarks/search.py (--table TABLE.csv --objectives a,b | --formula NAME)
         [--algorithms aging,nsga2,tpe,gp,random] [--evaluations 500] [--seeds 20] [--jobs 1] [--cheap b]
-        [--ablation] [--merge RECORD...] [--json PATH] [--png PATH]
+        [--ablation] [--curves FILE...] [--merge RECORD...] [--json PATH] [--png PATH]
 
 Each objective is minimised and scaled to [0, 1] by the table; the reference point is (1, 1); the hypervolume
 is divided by that of the true front; only distinct architectures count. The shipped samplers run in the
@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,16 +26,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
 
 from archsearch.config import RunConfig
 from archsearch.errors import ArchsearchError, ConfigError
 from archsearch.files import write_atomic
 from archsearch.search.aging import AgingEvolutionSampler
 from archsearch.search.executors import InlineExecutor
-from archsearch.search.ledger import Ledger
 from archsearch.search.loop import Search
+from benchmarks.asks import TimedLedger
+from benchmarks.curves import Curves
 from benchmarks.formulas import FORMULAS
 from benchmarks.tables import NAMES, Problem, ProblemEvaluator, coverage, load_table
 
@@ -57,17 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "front only": {"front_parents": 1.0},
     "plain": {"surrogate": False, "design": False, "ordinal": False, "adaptive": False},
 }
-
-
-class TimedLedger(Ledger):
-    """Notes the seconds that each proposal takes."""
-
-    def propose(self, sampler: BaseSampler) -> FrozenTrial:
-        """Ask."""
-        start = time.perf_counter()
-        trial = super().propose(sampler)
-        self.__dict__.setdefault("seconds", []).append(time.perf_counter() - start)
-        return trial
 
 
 @dataclass(frozen=True)
@@ -100,6 +86,11 @@ class Job:
     evaluations: int
     cheap: tuple[str, ...] = ()
 
+    @property
+    def key(self) -> list[Any]:
+        """What tells this search from others, whatever their budget."""
+        return [self.task.name, *self.task.objectives, self.label, self.seed]
+
     def run(self) -> tuple[list[float], float]:
         """Hypervolume after each evaluation, and the median milliseconds an ask."""
         problem = self.task.problem
@@ -113,7 +104,7 @@ class Job:
             search._sampler_for = lambda count, refused: variant
         if (summary := search.run()).reason not in ("finished", "exhausted"):
             raise RuntimeError(summary.message)  # a curve that a signal cut short is no result
-        return coverage(problem, evaluator.points), 1e3 * statistics.median(ledger.__dict__["seconds"])
+        return coverage(problem, evaluator.points), 1e3 * statistics.median(ledger.seconds)
 
     def _config(self, problem: Problem) -> RunConfig:
         search: dict[str, Any] = {
@@ -139,8 +130,9 @@ class Job:
         return AgingEvolutionSampler(problem.space, seed=self.seed, objectives=objectives, cheap=cheap, **settings)
 
 
-def summarize(label: str, curves: Sequence[list[float]], asks: Sequence[float], evaluations: int) -> dict[str, Any]:
+def summarize(label: str, searches: Sequence[dict[str, Any]], evaluations: int) -> dict[str, Any]:
     """Mean and standard deviation over the seeds; a search that ended early keeps its last value."""
+    curves = [search["curve"] for search in searches]
     padded = np.array([curve + curve[-1:] * (evaluations - len(curve)) for curve in curves])
     spread = padded.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(evaluations)
     needed = [next((i for i, value in enumerate(curve, 1) if value >= GOAL), None) for curve in curves]
@@ -151,9 +143,8 @@ def summarize(label: str, curves: Sequence[list[float]], asks: Sequence[float], 
         "evaluations": evaluations,
         "at": {str(m): [float(padded[:, m - 1].mean()), float(spread[m - 1])] for m in MARKS if m <= evaluations},
         "evaluations_to_0.95": {"median": statistics.median(reached) if reached else None, "reached": len(reached)},
-        "ask_ms": round(statistics.median(asks), 2),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        "ask_ms": round(statistics.median(search["ask_ms"] for search in searches), 2),
+        **{name: ", ".join(sorted({search[name] for search in searches})) for name in ("python", "numpy")},
         "mean": padded.mean(axis=0).round(5).tolist(),
         "sd": spread.round(5).tolist(),
     }
@@ -241,17 +232,45 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     done = merged(task, options.merge)
     for result in done:
         show(result, _reference(done))
-    with ProcessPoolExecutor(options.jobs) as workers:
-        for label in labels:
-            known = cheap if label.endswith(" known") else ()
-            jobs = [Job(task, label, seed, options.evaluations, known) for seed in range(options.seeds)]
-            curves, asks = zip(*workers.map(Job.run, jobs), strict=True)
-            result = summarize(label, curves, asks, options.evaluations)
-            show(result, _reference(done))
-            done = [other for other in done if other["algorithm"] != label] + [result]
-            if options.json:
-                write_atomic(options.json, json.dumps(new_record(task) | {"results": done}) + "\n")
+    curves = Curves(options.curves)
+    for label, searches in _searches(task, labels, options, curves):
+        result = summarize(label, searches, options.evaluations)
+        show(result, _reference(done))
+        done = [other for other in done if other["algorithm"] != label] + [result]
+        if options.json:
+            write_atomic(options.json, json.dumps(new_record(task) | {"results": done}) + "\n")
     return done
+
+
+def _searches(
+    task: Task, labels: Sequence[str], options: argparse.Namespace, curves: Curves
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each algorithm with its searches, once all of them are known; those that are missing run side by side."""
+    cheap = tuple(options.cheap.split(",")) if options.cheap else ()
+    jobs = {
+        label: [
+            Job(task, label, seed, options.evaluations, cheap if label.endswith(" known") else ())
+            for seed in range(options.seeds)
+        ]
+        for label in labels
+    }
+    with ProcessPoolExecutor(options.jobs) as workers:
+        missing = [job for each in jobs.values() for job in each if curves.get(job.key, job.evaluations) is None]
+        waiting = {workers.submit(job.run): job for job in missing}
+        for future in as_completed(waiting):
+            job = waiting[future]
+            curves.add(job.key, job.evaluations, *future.result())
+            yield from _complete(jobs, curves)
+        yield from _complete(jobs, curves)
+
+
+def _complete(jobs: dict[str, list[Job]], curves: Curves) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Takes out of ``jobs`` the algorithms whose searches are all known."""
+    for label in list(jobs):
+        known = [found for job in jobs[label] if (found := curves.get(job.key, job.evaluations)) is not None]
+        if len(known) == len(jobs[label]):
+            del jobs[label]
+            yield label, known
 
 
 def _reference(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -289,6 +308,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--cheap", default="", help="objectives that ageing evolution may know beforehand, in a run more"
     )
     parser.add_argument("--ablation", action="store_true", help="variants of ageing evolution instead of algorithms")
+    parser.add_argument(
+        "--curves", type=Path, nargs="*", default=[], help="finished searches, not run again; new ones join the first"
+    )
     parser.add_argument("--merge", type=Path, nargs="*", default=[], help="records of earlier runs to take over")
     parser.add_argument("--json", type=Path, help="the record; written after each algorithm")
     parser.add_argument("--png", type=Path)

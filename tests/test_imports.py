@@ -37,11 +37,12 @@ ALLOWED = {
     "scaling": ROOT | {"search", "report", "scaling"},
     "validity": ROOT | {"search", "report", "validity"},
     "export": ROOT | {"model", "proxy", "latency", "export"},
-    "worker": ROOT | {"model", "proxy", "latency"},
+    "record": ROOT | {"model", "proxy", "latency"},
+    "worker": ROOT | {"record", "model", "proxy", "latency"},
 }
 """What each room may import of ours; rooms that are missing here may import everything."""
 ONLY = {
-    "torch": {"model", "proxy", "latency", "export", "worker", "commands"},
+    "torch": {"model", "proxy", "latency", "export", "record", "worker", "commands"},
     "triton": {"model", "proxy", "latency", "commands"},
     "transformers": {"export"},
     "tokenizers": {"proxy", "export"},

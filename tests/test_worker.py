@@ -23,8 +23,9 @@ from archsearch.model.hybrid import build_model
 from archsearch.model.layers.ffn import FFN
 from archsearch.proxy import step, trainer
 from archsearch.proxy.loss import token_loss
+from archsearch.record import classify
 from archsearch.space import SearchSpace
-from archsearch.worker import ProxyEvaluator, classify, save_weights
+from archsearch.worker import ProxyEvaluator, save_weights
 
 CANDIDATE = make_architecture(
     hidden_size=32, vocab_size=256, operators="a f", options={"a": {"head_dim": 16}, "f": {"multiple_of": 32}}

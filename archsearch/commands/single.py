@@ -145,7 +145,8 @@ def _throughput_lines(throughput: dict[str, Any]) -> list[str]:
         f"{b['step_ms']:.3f} ms a step, {b['floor_fraction']:.0%} of the floor"
         for b in throughput["batches"]
     ]
-    return [*lines, f"no larger batch: {throughput['ended']}"]
+    missing = "no larger batch" if lines else f"no throughput at {throughput['context']:,} tokens stored"
+    return [*lines, f"{missing}: {throughput['ended']}"]
 
 
 def _energy_lines(energy: dict[str, Any] | None) -> list[str]:

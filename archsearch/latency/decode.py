@@ -7,6 +7,7 @@ the middle of equal strata of positions, a run of advancing steps at each, and i
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ def measure_decode(
     with device_errors(device), torch.inference_mode():
         if device.type == "cuda":
             make_canary(device)
+            gc.collect()  # what an earlier one left would be freed in between, and the peak come out too low
         dtype = _dtype(config.dtype, device) if model is None else model.embed_tokens.weight.dtype
         _check_fits(architecture, config, device, dtype, weights=model is None)
         held = _allocated(device) - sum(p.nbytes for p in model.parameters()) if model else _allocated(device)

@@ -13,7 +13,7 @@ import time
 import torch
 
 from archsearch.architecture import Architecture
-from archsearch.errors import EnvironmentUnfit
+from archsearch.errors import EnvironmentUnfit, InvalidArchitecture
 from archsearch.latency.device import free_memory
 from archsearch.latency.validity import InvalidMeasurement, check_prefill
 from archsearch.model.hybrid import DecodeState, HybridLM
@@ -78,14 +78,32 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None
     """
     path = implementation(model.embed_tokens.weight.device)
     try:
-        error = check_prefill(model, path, CHECKED) if path != "torch" else 0.0
+        error = _checked(model, path) if path != "torch" else 0.0
         measured, omitted = _measure_each(model.use(path), batch, lengths or LENGTHS)
         return PrefillTimes(measured=measured, omitted=omitted, paths=model.paths(), error=error)
-    except (InvalidMeasurement, EnvironmentUnfit) as unfit:
+    except (InvalidArchitecture, InvalidMeasurement, EnvironmentUnfit) as unfit:
         reasons = dict.fromkeys(lengths or LENGTHS, unfit.cause)
         return PrefillTimes(measured=(), omitted=reasons, paths=model.paths(), error=None)
     finally:
         model.use("torch")
+
+
+def _checked(model: HybridLM, path: str) -> float:
+    """Error of the libraries' kernels; what had to be tuned for it is kept for the next process.
+
+    Raises:
+        InvalidArchitecture, EnvironmentUnfit, InvalidMeasurement: an operator's options are beyond the kernels, a
+            library is missing, or the two do not agree.
+    """
+    from archsearch.model.training_path import refuse_unsupported
+    from archsearch.model.tuned import remember
+
+    for layer in model.layers:
+        layer.op.require()
+        refuse_unsupported(layer.op.unsupported(), layer.kind)
+    error = check_prefill(model, path, CHECKED)
+    remember()
+    return error
 
 
 def _measure_each(model: HybridLM, batch: int, lengths: tuple[int, ...]) -> tuple[tuple[Prefill, ...], dict[int, str]]:

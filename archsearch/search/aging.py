@@ -215,8 +215,8 @@ class AgingEvolutionSampler(BaseSampler):
     def _default(self, genes: Genes, history: History, rng: np.random.Generator) -> Draws:
         breeding = Breeding(genes, history, self._settings, rng)
         note = {}
-        # The longer the search, the less is left that the surrogates can tell.
-        unguided = self._settings.unguided * min(1.0, len(history.finished) / SATURATED)
+        # The longer the search, the less is left that the surrogates can tell; early on they tell most.
+        unguided = self._settings.unguided * min(1.0, len(history.finished) / SATURATED) ** 2
         if self._settings.surrogate and rng.random() >= unguided:
             try:
                 yield from self._guided(genes, history, breeding)

@@ -23,8 +23,9 @@ FEWEST = 5
 TUNED_ON = 128  # rows at most from which the kernel's parameters are found
 FOREST_ON = 256  # the same for the importance of the genes
 TREES = 60
-LEAST_SCALE = 0.1  # of the gene that matters least, beside 1 for the one that matters most
+LEAST = 0.8  # scale of all that hardly matters taken together, beside 1 for what matters most
 GROWTH = 1.3  # they are found again when there are so many times more rows
+SETTLED = 600  # rows after which they stay: finding them takes as long as twenty proposals
 JITTER = 1e-8
 
 
@@ -126,7 +127,7 @@ class Surrogate:
     """Predicts one objective of genomes.
 
     What it predicts depends on the rows it was fitted to alone. The kernel's parameters come from a
-    first part of them that grows in steps, so that they are seldom found anew.
+    first part of them that grows in steps up to ``SETTLED``, so that they are seldom found anew.
 
     Args:
         genes: of the space.
@@ -188,7 +189,7 @@ class Surrogate:
         return np.concatenate([features(self._genes, codes, self._scales[:count]), described], axis=1)
 
     def _parameters(self, codes: Codes, values: Floats) -> Tuned:
-        step = int(np.log(len(codes) / FEWEST) / np.log(GROWTH) + 1e-9)
+        step = int(np.log(min(len(codes), SETTLED) / FEWEST) / np.log(GROWTH) + 1e-9)
         rows = min(len(codes), int(np.ceil(FEWEST * GROWTH**step)))
         key = codes[:rows].tobytes() + values[:rows].tobytes()
         if self._tuned is None or self._tuned[0] != key:
@@ -201,7 +202,7 @@ class Surrogate:
         bent = Warp(values, logarithmic=True).apply(values)[some]
         importance = gene_importance(self._genes, codes[some], bent)
         shares = gene_importance(self._genes, codes[some], bent, self._descriptors(codes)[some])
-        self._scales = np.maximum(np.sqrt(shares / shares.max()), LEAST_SCALE)
+        self._scales = np.maximum(np.sqrt(shares / shares.max()), LEAST / np.sqrt(len(shares)))
         some = np.linspace(0, len(codes) - 1, min(len(codes), TUNED_ON)).astype(int)
         found = []
         for logarithmic in (False, True):

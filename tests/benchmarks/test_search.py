@@ -141,3 +141,30 @@ def test_formulas_are_spaces_of_26_genes_with_a_known_front(name: str) -> None:
     # No survey of 4.5e13 genomes is complete.
     assert (np.array(points) > 0.98 * low).all()
     assert 0.6 < coverage(problem, points)[-1] < 0.96
+
+
+def test_finished_searches_are_not_run_again(tmp_path, monkeypatch, capsys) -> None:
+    common = ["--table", write(tmp_path / "table.csv", *ROWS), "--objectives", "error,cost", "--algorithms", "aging"]
+    curves, record = tmp_path / "curves.jsonl", tmp_path / "record.json"
+    assert run(capsys, monkeypatch, *common, "--evaluations", 12, "--seeds", 2, "--curves", curves)[0] == 0
+    first = curves.read_text()
+    curves.write_text(first + first[:40])  # a line that a kill cut short
+    words = [*common, "--evaluations", 10, "--seeds", 3, "--curves", curves, "--json", record]
+    assert run(capsys, monkeypatch, *words)[0] == 0
+    found = [json.loads(line) for line in first.splitlines()]
+    assert {tuple(line["key"]) for line in found} == {("table.csv", "error", "cost", "aging", seed) for seed in (0, 1)}
+    result = json.loads(record.read_text())["results"][0]
+    assert (result["seeds"], len(result["mean"])) == (3, 10)
+    fresh = [search.Job(search.Task(common[1], ("error", "cost")), "aging", seed, 10).run()[0] for seed in range(3)]
+    np.testing.assert_allclose(result["mean"], np.mean(fresh, axis=0), atol=1e-5)
+    assert curves.read_text().startswith(first + first[:40] + "\n")
+    assert len(curves.read_text().splitlines()) == 4  # the third seed was all that was missing
+
+
+def test_foreign_curves_are_refused(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "foreign.jsonl").write_text('{"loss": 1}\n')
+    table = write(tmp_path / "table.csv", *ROWS)
+    words = ["--table", table, "--objectives", "error,cost", "--curves", tmp_path / "foreign.jsonl"]
+    code, _, err = run(capsys, monkeypatch, *words)
+    assert code == 3
+    assert "holds no searches" in err

@@ -11,7 +11,7 @@ import torch
 
 from archsearch.architecture import make_architecture
 from archsearch.errors import UsageError
-from archsearch.model.decode import DecodeGraph
+from archsearch.model.decode import DecodeGraph, DecodePlan
 from archsearch.model.hybrid import HybridLM, build_model
 
 pytestmark = [
@@ -62,6 +62,21 @@ def test_graph_follows_the_model(kinds: str, batch: int) -> None:
         assert relative(graph.logits, exact[:, i]) < allowed
         assert torch.equal(graph.token, graph.logits.argmax(-1))
     assert graph.position() == LENGTH
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_kernels_are_counted_as_they_run(batch: int) -> None:
+    """What records print as kernels a token, against the profiler's count of a step."""
+    plan = DecodePlan(model_of(KINDS), batch, LENGTH)
+    plan.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        plan.step()
+        torch.cuda.synchronize()
+    ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    # cuBLAS may add up parts of a product in a second kernel of its own
+    ran = [name for name in ran if "splitKreduce" not in name]
+    assert len(ran) == plan.kernels_per_token, ran
 
 
 @torch.no_grad()

@@ -212,10 +212,11 @@ def test_step_that_does_not_advance_while_timed_is_found(monkeypatch: pytest.Mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("batch", "kernels"), [(1, 3), (2, 4)], ids=str)
 @pytest.mark.parametrize("fields", [{}, {"meta_tokens": 5}], ids=str)
-def test_gpu_is_measured_through_a_graph(fields: dict[str, object]) -> None:
+def test_gpu_is_measured_through_a_graph(fields: dict[str, object], batch: int, kernels: int) -> None:
     architecture = architecture_of("a f w d gd gl m2", **fields)
-    found = measure_decode(architecture, QUICK.model_copy(update={"batch": 2, "others": "note"}), device="cuda")
+    found = measure_decode(architecture, QUICK.model_copy(update={"batch": batch, "others": "note"}), device="cuda")
     assert found.dtype == "bfloat16"
     assert found.path != "torch step"
     assert found.seconds > 0
@@ -223,5 +224,5 @@ def test_gpu_is_measured_through_a_graph(fields: dict[str, object]) -> None:
     assert len(found.device.uuid_hash) == 12
     assert len(found.gpu) >= 3 or found.notes
     assert len(found.canary_ms) == 2
-    assert found.kernels["a"] == 3
+    assert found.kernels["a"] == kernels  # of several sequences the norm is a kernel of its own
     assert found.peak_bytes > found.weight_bytes

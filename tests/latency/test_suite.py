@@ -86,6 +86,13 @@ def test_prefill_that_is_wrong_has_no_times(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(network.paths().values()) == {"torch"}
 
 
+def test_prefill_beyond_the_kernels_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "implementation", lambda device: "fla")
+    network = model()
+    monkeypatch.setattr(network.layers[2].op, "unsupported", lambda: ("head_dim 16", "choose another"))
+    assert measure_prefill(network, 1, lengths=(16,)).omitted == {16: "operator d: head_dim 16"}
+
+
 def test_prefill_that_differs_from_the_reference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     network = model()
 

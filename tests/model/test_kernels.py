@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from archsearch.model.decode import DecodePlan
-from archsearch.model.kernels import TRITON
-from archsearch.model.kernels.attention import Heads, attend, attend_reference, attention_scratch, rotary_table
+from archsearch.model.kernels import TRITON, attention
+from archsearch.model.kernels.attention import Heads, Tile, attend, attend_reference, attention_scratch, rotary_table
 from archsearch.model.kernels.bandwidth import read_sums, read_sums_reference
 from archsearch.model.kernels.convolution import Convolution, Output, padded, value_rows
 from archsearch.model.kernels.delta import DeltaGates, delta_step, delta_step_reference
@@ -159,6 +159,20 @@ def test_attend_kernel(query: int, kv: int, dim: int, slots: int, ring: bool, dt
         written = keys[:, :, : here + 1], values[:, :, : here + 1]
         agree(attend, attend_reference, (*args, scratch, out, heads), [out, *written])
         assert not scratch["arrivals"].any()
+
+
+@interpreted
+def test_attend_kernel_over_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits that are longer than what is loaded ahead."""
+    cut = Tile(group=2, block=4, unroll=2, splits=2, tokens=16, warps=4)
+    monkeypatch.setattr(attention, "attention_shape", lambda *sizes: cut)
+    heads, rotary = Heads(4, 2, 32, 1e-6, False), rotary_table(128, 32, 1e4, torch.device("cpu"))
+    for here in (31, 72, 127):
+        keys, values = (torch.randn(1, 2, 128, 32) for _ in range(2))
+        keys[:, :, here:] = values[:, :, here:] = torch.nan
+        out, scratch = poisoned(1, 128), attention_scratch(1, heads, 128, keys.device)
+        args = torch.randn(1, 256), None, rotary, torch.tensor(here), keys, values, scratch, out, heads
+        agree(attend, attend_reference, args, [out, keys[:, :, : here + 1], values[:, :, : here + 1]])
 
 
 def outputs(batch: int, heads: int, value_dim: int) -> Output:

@@ -13,7 +13,7 @@ from archsearch.evaluation import Outcome
 from archsearch.model import fla_library, self_check, training_path
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.self_check import Agreement, WrongKernels
-from archsearch.worker import classify
+from archsearch.record import classify
 
 CUDA = torch.device("cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -223,6 +224,7 @@ def test_maximizing_the_negative_is_minimizing() -> None:
     sampler = make()
     for _ in range(20):
         trial = ask(study, sampler)
+        trial.set_user_attr("lineage", sampler.lineage(trial.number))
         study.tell(trial, [-value for value in objectives(trial.params)])
     assert [trial.params for trial in study.trials] == search(new_study(), make(), 20)
 
@@ -261,12 +263,16 @@ def test_unknown_and_invalid_settings_are_refused() -> None:
 
 # The paper's mode (Nemotron-Flash, Algorithm 1)
 
-WIDE = {f"factor{i}": ("a", "b", "c", "d") for i in range(10)}
+WIDE = {f"factor{i}": ("a", "b", "c", "d") for i in range(6)}
+# A complete table: 4,096 architectures, a loss and a latency each.
+TABLE = {
+    genes: (30.0 - 2.0 * genes.count("d") + noise, 5.0 + 4.0 * genes.count("d") + genes.count("c"))
+    for genes, noise in zip(itertools.product(*WIDE.values()), np.random.default_rng(0).normal(size=4**6), strict=True)
+}
 
 
-def wide_objectives(genome: Mapping[str, Any]) -> list[float]:
-    indices = [WIDE[name].index(value) for name, value in genome.items()]
-    return [30.0 - sum((1 + i % 3) * index for i, index in enumerate(indices)) / 2, 5.0 + sum(indices)]
+def look_up(genome: Mapping[str, Any]) -> list[float]:
+    return list(TABLE[tuple(genome[name] for name in WIDE)])
 
 
 def paper(**settings: Any) -> AgingEvolutionSampler:
@@ -275,7 +281,7 @@ def paper(**settings: Any) -> AgingEvolutionSampler:
 
 
 @pytest.mark.parametrize("subset", [6, 3])
-def test_algorithm_1_step_by_step(subset: int) -> None:
+def test_algorithm_1_step_by_step_on_a_table(subset: int) -> None:
     study, sampler = new_study(), paper(tournament_size=subset)
     population: deque[tuple[int, list[float]]] = deque(maxlen=6)  # the oldest leaves when one enters
     for step in range(60):
@@ -294,9 +300,23 @@ def test_algorithm_1_step_by_step(subset: int) -> None:
             if not _drawn_again(study, sampler, step, best[0]):
                 assert lineage["parent"] == best[0]
             assert lineage["parent"] in [number for number, _ in population]
-        values = wide_objectives(trial.params)
+        values = look_up(trial.params)
         study.tell(trial, values)
         population.append((trial.number, values))
+
+
+def test_ten_offspring_in_flight_have_parents_from_the_population_only() -> None:
+    study, sampler = new_study(), paper()
+    running, completed = [ask(study, sampler, WIDE) for _ in range(10)], []
+    for _ in range(80):
+        trial = running.pop(0)
+        study.tell(trial, look_up(trial.params))
+        completed.append(trial.number)
+        running.append(ask(study, sampler, WIDE))
+        assert sum(t.state == TrialState.RUNNING for t in study.trials) == 10
+        assert sampler.lineage(running[-1].number)["parent"] in completed[-6:]
+    genomes = [tuple(sorted(trial.params.items())) for trial in study.trials]
+    assert len(set(genomes)) == len(genomes)
 
 
 def _drawn_again(study: optuna.Study, sampler: AgingEvolutionSampler, step: int, parent: int) -> bool:
@@ -306,7 +326,7 @@ def _drawn_again(study: optuna.Study, sampler: AgingEvolutionSampler, step: int,
     rng = np.random.default_rng([5, step])
     rng.choice(6, size=sampler._settings.tournament_size, replace=False)
     row = np.array([genes.encode(study.trials[parent].params)])
-    child = genes.mutate(rng, row, np.array([1]), np.ones(10), near=False)[0]
+    child = genes.mutate(rng, row, np.array([1]), np.ones(len(WIDE)), near=False)[0]
     return tuple(child.tolist()) in known
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from archsearch.search.genes import Codes, Floats, Genes
-from archsearch.search.surrogate import Surrogate, SurrogateUnfit, Warp, features, gene_importance
+from archsearch.search.surrogate import SETTLED, Surrogate, SurrogateUnfit, Warp, features, gene_importance
 
 GENES = Genes.of({f"op{i}": ("a", "b", "c") for i in range(8)} | {"width": (64, 128, 256, 512)})
 
@@ -83,3 +83,12 @@ def test_nothing_to_learn_is_said(values: Floats) -> None:
     codes = GENES.random(np.random.default_rng(0), len(values))
     with pytest.raises(SurrogateUnfit):
         Surrogate(GENES).fit(codes, values)
+
+
+def test_kernels_settle() -> None:
+    codes = GENES.random(np.random.default_rng(6), 2 * SETTLED)
+    models = [Surrogate(GENES), Surrogate(GENES)]
+    for model, rows in zip(models, (SETTLED, 2 * SETTLED), strict=True):
+        model.fit(codes[:rows], _truth(codes[:rows]), np.arange(50))
+    first, second = (model._process.kernel_.theta for model in models)
+    np.testing.assert_array_equal(first, second)

@@ -22,7 +22,7 @@ TOKENS = 64
 """Tokens that a program walks through."""
 
 AHEAD = 4
-"""Tokens that are loaded before their turn, to hide the memory's latency."""
+"""Tokens that are loaded before their turn, to hide the memory's latency; the loops are unrolled by as many."""
 
 LANES = 128
 """Channels of a warp: most heads are one warp's, which norms them without waiting for another."""
@@ -166,7 +166,7 @@ def _convolve_forward(
     offset = tl.zeros((BLOCK,), dtype=tl.float32)
     if BIAS:
         offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    for t in range(begin, begin + TOKENS):
+    for t in tl.range(begin, begin + TOKENS, loop_unroll_factor=AHEAD):
         seen = seen[1:] + (xs[0].to(tl.float32),)
         s = t + AHEAD
         xs = xs[1:] + (tl.load(x + s * stride, mask=inside & (s < length), other=0.0),)
@@ -207,7 +207,7 @@ def _convolve_backward(
     offset, total = zero, zero
     if BIAS:
         offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    for t in range(begin, begin + TOKENS + TAPS - 1):
+    for t in tl.range(begin, begin + TOKENS + TAPS - 1, loop_unroll_factor=AHEAD):
         seen, d = seen[1:] + (xs[0].to(tl.float32),), grads[0].to(tl.float32)
         s = t + AHEAD
         xs = xs[1:] + (tl.load(x + s * stride, mask=inside & (s < length), other=0.0),)

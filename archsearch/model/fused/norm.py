@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 4096
-"""Numbers that a program holds at a time."""
+TILE, BACKWARD_TILE = 4096, 2048
+"""Numbers that a program holds at a time; the backward pass needs three times the registers for each."""
 
 PROGRAMS = 1024
 """Programs of the backward pass: each adds up its share of the gain's gradient in registers."""
@@ -89,7 +89,7 @@ class _Norm(torch.autograd.Function):
         grad = grad.contiguous()
         dx = x.new_empty(x.shape)
         dg = None if gate is None else gate.new_empty(gate.shape)
-        sizes = _sizes(x, weight)
+        sizes = _sizes(x, weight, BACKWARD_TILE)
         rows, groups = x.numel() // x.shape[-1], sizes["GROUPS"]
         programs = groups * max(1, min(PROGRAMS, triton.cdiv(rows, sizes["ROWS"])) // groups)
         steps = triton.cdiv(rows // groups, sizes["ROWS"] * (programs // groups))
@@ -114,13 +114,13 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     return x.contiguous(), token
 
 
-def _sizes(x: Tensor, weight: Tensor) -> dict[str, Any]:
+def _sizes(x: Tensor, weight: Tensor, tile: int = TILE) -> dict[str, Any]:
     """``HEADS`` rows a token, ``GROUPS`` of gains."""
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
     return {
         "HEADS": x.shape[-2] if x.dim() >= 4 else 1, "GROUPS": weight.numel() // size, "SIZE": size, "BLOCK": block,
-        "ROWS": max(1, TILE // block), "num_warps": 4 if block <= TILE else 8,
+        "ROWS": max(1, tile // block), "num_warps": 4 if block <= tile else 8,
     }  # fmt: skip
 
 

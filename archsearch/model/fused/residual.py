@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 4096
-"""Numbers that a program holds at a time."""
+TILE, BACKWARD_TILE = 4096, 2048
+"""Numbers that a program holds at a time; the backward pass needs three times the registers for each."""
 
 PROGRAMS = 1024
 """Programs of the backward pass: each adds up its share of the gain's gradient in registers."""
@@ -48,7 +48,7 @@ class _AddNorm(torch.autograd.Function):
         if d_normed is None:
             return d_total, d_total, None, None
         dx = torch.empty_like(total)
-        sizes = _sizes(weight)
+        sizes = _sizes(weight, BACKWARD_TILE)
         rows = total.numel() // len(weight)
         programs = min(PROGRAMS, triton.cdiv(rows, sizes["ROWS"]))
         steps = triton.cdiv(rows, sizes["ROWS"] * programs)
@@ -61,9 +61,9 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx, partial.sum(0).to(weight.dtype), None
 
 
-def _sizes(weight: Tensor) -> dict[str, int]:
+def _sizes(weight: Tensor, tile: int = TILE) -> dict[str, int]:
     block = triton.next_power_of_2(len(weight))
-    return {"SIZE": len(weight), "BLOCK": block, "ROWS": max(1, TILE // block), "num_warps": 4 if block <= TILE else 8}
+    return {"SIZE": len(weight), "BLOCK": block, "ROWS": max(1, tile // block), "num_warps": 4 if block <= tile else 8}
 
 
 @triton.jit(do_not_specialize=["rows"])
