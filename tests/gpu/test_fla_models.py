@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from archsearch.architecture import make_architecture
-from archsearch.model import tuned
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.layers import LAYERS as OUR_LAYERS
 from archsearch.operators import OPERATORS
@@ -50,7 +49,6 @@ def theirs(name: str, options: dict[str, Any]) -> torch.nn.Module:
     """A model of flash-linear-attention in fp32, its weights drawn large enough that mixers matter."""
     from fla import models
 
-    tuned.install()  # or Triton tries all configurations of what their models use beyond our kernels
     torch.manual_seed(0)
     model = getattr(models, f"{name}ForCausalLM")(getattr(models, f"{name}Config")(**SHARED, **options))
     with torch.no_grad():
@@ -115,7 +113,6 @@ def test_same_logits(kind: str) -> None:
 def test_same_output_of_a_layer(kind: str) -> None:
     from fla import layers as their_layers
 
-    tuned.install()
     name, their_options, our_options = LAYERS[kind]
     torch.manual_seed(0)
     their_layer = getattr(their_layers, name)(hidden_size=HIDDEN, norm_eps=1e-5, **their_options)
