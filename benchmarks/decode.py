@@ -34,6 +34,7 @@ from archsearch.config import LatencyConfig
 from archsearch.latency.device import describe
 from archsearch.latency.lock import be_present
 from archsearch.latency.protocol import VERSION, kernel_hash
+from archsearch.latency.validity import Disturbed
 from benchmarks.decode_parts import CUDA, PARTS
 from benchmarks.decode_rehearsal import rehearse
 
@@ -90,10 +91,8 @@ def run(part: str, names: list[str], config: LatencyConfig, record: Record, seco
     No row begins that would not be done after ``seconds``, if it took as long as the longest before it.
     """
     (measure, usual), end, longest = PARTS[part], time.perf_counter() + seconds, 0.0
-    for name in names or usual:
-        if record.holds(part, name):
-            print(f"{name}: in the record already", flush=True)
-            continue
+    rows = [name for name in names or usual if not record.holds(part, name)]
+    for name in rows:
         begun = time.perf_counter()
         if begun + longest > end:
             raise OutOfTime
@@ -101,6 +100,8 @@ def run(part: str, names: list[str], config: LatencyConfig, record: Record, seco
             with torch.inference_mode(part != "transformers"):  # its compiler has trouble with that mode
                 row, lines = measure(name, config)
         except Exception as error:
+            if isinstance(error, Disturbed) and rows.count(name) == 1:
+                rows.append(name)  # once more behind the others: what disturbed may be gone by then
             lines = [f"{name}: {type(error).__name__}: {error}"]
         else:
             record.add(part, name, row)

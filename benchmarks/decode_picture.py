@@ -16,6 +16,8 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+from archsearch.architecture import load_architecture
+
 PAPER = {
     "nemotron-flash-1b": 14.45, "nemotron-flash-3b": 28.71, "qwen3-0.6b": 27.55, "qwen3-1.7b": 36.20,
     "qwen2.5-3b": 49.40,
@@ -32,22 +34,42 @@ def table(head: str, rows: Iterator[str]) -> list[str]:
     return [f"| {head} |", "|" + " --- |" * (head.count("|") + 1), *body, ""] if body else []
 
 
+def gathered(folder: Path) -> Rows:
+    """``decode.json``; the models that it lacks as ``exact`` found them, or else an earlier ``run<N>.json``."""
+    record: Rows = json.loads((folder / "decode.json").read_text())
+    models: Rows = {}
+    for path in sorted(folder.glob("run*.json")):
+        earlier = json.loads(path.read_text())
+        models |= {name: {**row, "state": path.stem} for name, row in earlier["models"].items()}
+    for name, row in record.get("exact", {}).items():
+        models[name] = {**models.get(name, {}), **row["runs"][0], "state": "exact"}
+    models |= {name: {**row, "state": "models"} for name, row in record.get("models", {}).items()}
+    return {**record, "models": models}
+
+
 def of_models(models: Rows) -> Iterator[str]:
-    """Latency, floor, what a kernel costs beyond it, memory and energy."""
+    """Latency, floor, what a kernel costs beyond it, memory and energy; and where the row is from."""
     for name, m in models.items():
         above = 1e3 * (m["tpot_ms"] - m["floor_ms"]) / m["kernels_per_token"]
-        half = (m["interval_ms"][1] - m["interval_ms"][0]) / 2
-        energy = f"{m['energy']['joules_per_token']:.2f}" if m["energy"] else "-"
+        sure = f" (± {(m['interval_ms'][1] - m['interval_ms'][0]) / 2:.4f})" if m.get("interval_ms") else ""
+        energy = f"{m['energy']['joules_per_token']:.2f}" if m.get("energy") else "-"
+        memory = f"{m['peak_bytes'] / 1e9:.2f} | {m['state_bytes'] / 1e6:.0f}" if m.get("peak_bytes") else "- | -"
+        short = f"{m['short_ms']:.3f}" if m.get("short_ms") else "-"
         yield (
-            f"{name} | {m['tpot_ms']:.3f} (± {half:.4f}) | {m['seconds']:.2f} | {m['floor_ms']:.3f} "
-            f"| {m['floor_fraction']:.1%} | {m['kernels_per_token']} | {above:.2f} | {m['short_ms']:.3f} "
-            f"| {m['peak_bytes'] / 1e9:.2f} | {m['state_bytes'] / 1e6:.0f} | {energy}"
+            f"{name} | {m['tpot_ms']:.3f}{sure} | {m['tpot_ms'] * PAPER_TOKENS / 1e3:.2f} | {m['floor_ms']:.3f} "
+            f"| {m['floor_fraction']:.1%} | {m['kernels_per_token']} | {above:.2f} | {short} | {memory} | {energy} "
+            f"| {m.get('state', '-')}"
         )
+
+
+def swept(models: Rows) -> Rows:
+    """The models that were timed at several contexts."""
+    return {name: m for name, m in models.items() if len(m.get("contexts_ms", {})) > 1}
 
 
 def of_contexts(models: Rows) -> Iterator[str]:
     """Step time at each context, and microseconds that a thousand tokens add on the way to the longest."""
-    for name, m in models.items():
+    for name, m in swept(models).items():
         times = {int(context): ms for context, ms in m["contexts_ms"].items()}
         pairs = [(4096, 8192), (8192, 16384), (16384, 32768)]
         slopes = " / ".join(f"{1e6 * (times[b] - times[a]) / (b - a):.1f}" for a, b in pairs)
@@ -84,6 +106,15 @@ def of_ratios(models: Rows) -> Iterator[str]:
         )
 
 
+def of_blocks(models: Rows) -> Iterator[str]:
+    """What is above the floor, for each mixer with its FFN, in the paper's runtime and in ours."""
+    for name in (name for name in PAPER if name in models):
+        m, blocks = models[name], len(load_architecture(name).operators) / 2
+        paper = 1e3 * PAPER[name] / PAPER_TOKENS
+        rows = [f"{ms:.3f} | {1e3 * (ms - m['floor_ms']) / blocks:.1f}" for ms in (paper, m["tpot_ms"])]
+        yield f"{name} | {blocks:.0f} | {m['floor_ms']:.3f} | {' | '.join(rows)}"
+
+
 def of_exact(exact: Rows) -> Iterator[str]:
     """Full runs of the processes, their spread, and how far off the strata are."""
     for name, e in exact.items():
@@ -117,7 +148,7 @@ def tables(record: Rows) -> Iterator[str]:
     """All tables, in Markdown."""
     models, contexts = record.get("models", {}), "128 | 256 | 512 | 1k | 2k | 4k | 8k | 16k | 32k"
     whole = "ms a token | 8192 tokens [s] | floor [ms] | floor / measured | kernels | µs above it a kernel"
-    short = "first 128 [ms] | peak [GB] | state [MB] | J a token"
+    short = "first 128 [ms] | peak [GB] | state [MB] | J a token | from"
     yield from table(f"model | {whole} | {short}", of_models(models))
     yield from table(f"tokens stored | {contexts} | µs a thousand, 4k to 8k / to 16k / to 32k", of_contexts(models))
     width = "µs | floor | share"
@@ -125,6 +156,8 @@ def tables(record: Rows) -> Iterator[str]:
     yield from table(f"µs, d 1024, tokens stored | {contexts}", of_kinds(record.get("contexts", {})))
     split = "paper | ours | bytes | kernels | ours over bytes (shares of the floor) | paper over bytes (shares)"
     yield from table(f"pair | {split}", of_ratios(models))
+    above = "µs above the floor a block"
+    yield from table(f"model | blocks | floor [ms] | paper [ms] | {above} | ours [ms] | {above}", of_blocks(models))
     yield from table("model | three processes [s] | spread | strata off by", of_exact(record.get("exact", {})))
     batch = "batch | tokens/s | ms a step | floor / measured | states [GB]"
     yield from table(f"model, 32k stored | {batch}", of_batches(record.get("throughput", {})))
@@ -139,7 +172,7 @@ def draw(record: Rows, path: Path) -> None:
     models, operators = record.get("models", {}), record.get("operators", {})
     left.barh(list(models), [m["floor_fraction"] for m in models.values()])
     left.set(xlim=(0, 1), xlabel="floor / measured", title="decode of 8192 tokens, batch 1")
-    for name, m in models.items():
+    for name, m in swept(models).items():
         contexts = m["contexts_ms"]
         middle.plot([int(context) for context in contexts], list(contexts.values()), marker=".", label=name)
     middle.set(xlabel="tokens stored", ylabel="ms a token", ylim=(0, None), title="step time")
@@ -153,7 +186,7 @@ def draw(record: Rows, path: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    record = json.loads((folder / "decode.json").read_text())
+    record = gathered(folder)
     draw(record, folder / "decode.png")
     print(*tables(record), sep="\n")
 

@@ -113,6 +113,7 @@ def check_prefill(model: HybridLM, path: str, length: int) -> float:
     # a state holds what the layers before it rounded, and no final norm and head smooth it
     if not (logits <= TOLERANCE[weight.dtype] and worst <= 2 * TOLERANCE[weight.dtype]):
         cause = f"prefill ({path}) gives other logits or states than the reference: relative error {worst:.2g}"
+        cause += f", of the logits {logits:.2g}"
         raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
     return worst
 

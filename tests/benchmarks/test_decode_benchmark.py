@@ -11,6 +11,7 @@ import torch
 
 from archsearch.architecture import load_architecture
 from archsearch.config import LatencyConfig
+from archsearch.latency.validity import Disturbed
 from benchmarks import decode, decode_parts, decode_picture, decode_rehearsal
 
 CPU = torch.device("cpu")
@@ -49,6 +50,21 @@ def test_record_of_other_kernels_is_left_alone(record: decode.Record) -> None:
     with pytest.raises(SystemExit, match="kernel_hash another"):
         decode.Record(record.path)
     assert json.loads(record.path.read_text()) == told
+
+
+def test_disturbed_row_is_taken_once_more_at_the_end(record: decode.Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(name: str, config: LatencyConfig) -> decode_parts.Row:
+        measured.append(name)
+        if name == "busy" or measured == ["one"]:
+            raise Disturbed("1 other process(es) use the GPU", "leave it alone")
+        return {}, []
+
+    monkeypatch.setitem(decode.PARTS, "models", (measure, ["one", "busy", "two"]))
+    decode.run("models", [], CONFIG, record, 60)
+    assert measured == ["one", "busy", "two", "one", "busy"]
+    assert set(record.found["models"]) == {"one", "two"}
 
 
 def test_row_that_would_take_too_long_is_not_begun(record: decode.Record, monkeypatch: pytest.MonkeyPatch) -> None:
