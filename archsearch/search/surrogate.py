@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn import config_context
@@ -164,7 +165,7 @@ class Surrogate:
         self._scales, self.importance = tuned.scales, tuned.importance
         rows = np.arange(len(codes)) if chosen is None else chosen
         self._warp = Warp(values, logarithmic=tuned.logarithmic)
-        self._process = GaussianProcessRegressor(tuned.kernel, alpha=JITTER, optimizer=None)
+        self._process = _Conditioned(tuned.kernel, alpha=JITTER, optimizer=None)
         self._condition(self._process, codes[rows], self._warp.apply(values[rows]))
         self._fitted = key
 
@@ -221,6 +222,14 @@ class Surrogate:
                 process.fit(self._points(codes), scaled)
         except (np.linalg.LinAlgError, ValueError) as error:
             raise SurrogateUnfit(str(error).splitlines()[0]) from error
+
+
+class _Conditioned(GaussianProcessRegressor):  # type: ignore[misc]
+    """A process whose kernel is given. The likelihood, which nobody asks for then, would double the time of a fit."""
+
+    def log_marginal_likelihood(self, *words: Any, **options: Any) -> float:
+        """Not computed."""
+        return float("nan")
 
 
 def _kernel() -> Kernel:
