@@ -38,14 +38,13 @@ def load(name: str) -> ModuleType:
     Raises:
         EnvironmentUnfit: it is not installed.
     """
-    if name in sys.modules and name not in DEFERRED:
-        return sys.modules[name]
     library = name.partition(".")[0]
     if not installed(library):
         raise _missing(library)
     for package in DEFERRED:
         if package.startswith(library) and package not in sys.modules:
             _defer(package)
+    # also where somebody else has imported the module before: its tuners know nothing of our configurations then
     from archsearch.model import tuned
 
     module = importlib.import_module(name)

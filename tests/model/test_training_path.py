@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ import torch
 from archsearch.architecture import make_architecture
 from archsearch.errors import ConfigError, EnvironmentUnfit, InvalidArchitecture
 from archsearch.evaluation import Outcome
-from archsearch.model import fla_library, self_check, training_path
+from archsearch.model import fla_library, self_check, training_path, tuned
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.self_check import Agreement, WrongKernels
+from archsearch.operators import OPERATORS
 from archsearch.record import classify
 
 CUDA = torch.device("cuda")
@@ -29,7 +32,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
     monkeypatch.setattr(training_path, "compile_ahead", lambda operators: None)
-    monkeypatch.setattr(self_check, "agreement", lambda *args: Agreement({"output": 0.01}))
+    monkeypatch.setattr(self_check, "agreement", lambda *args, **draw: Agreement({"output": 0.01}))
 
 
 def prepared(model: HybridLM, dtype: torch.dtype = torch.bfloat16) -> HybridLM:
@@ -78,7 +81,7 @@ def test_a_missing_library_is_named(hopper, monkeypatch, missing):
 
 @pytest.mark.parametrize("found", [{"output": 0.01, "q_proj.weight": 0.7}, {"output": math.nan, "input": 0.01}])
 def test_a_kernel_that_is_off_makes_the_candidate_invalid(hopper, monkeypatch, found):
-    monkeypatch.setattr(self_check, "agreement", lambda *args: Agreement(found))
+    monkeypatch.setattr(self_check, "agreement", lambda *args, **draw: Agreement(found))
     monkeypatch.setattr(self_check, "miscompiles", lambda device: True)
     model = model_of(head_dim=16)
     with pytest.raises(WrongKernels, match=r"operator a .* at width 64 are off by") as error:
@@ -88,8 +91,37 @@ def test_a_kernel_that_is_off_makes_the_candidate_invalid(hopper, monkeypatch, f
     assert set(model.paths().values()) == {"torch"}
 
 
+@pytest.mark.parametrize("sound", [1, 2, 3, None])
+def test_an_unlucky_draw_is_drawn_again(monkeypatch, sound):
+    drawn = []
+
+    def agreement(*args, draw):
+        drawn.append(draw)
+        return Agreement({"output": 0.01 if draw == sound else 0.2})
+
+    monkeypatch.setattr(self_check, "agreement", agreement)
+    monkeypatch.setattr(self_check, "miscompiles", lambda device: False)
+    if sound:
+        assert self_check.require_sound(OPERATORS["r7"](), 64, CUDA).sound
+        assert drawn == list(range(1, sound + 1))
+        return
+    with pytest.raises(WrongKernels, match="off by"):
+        self_check.require_sound(OPERATORS["r7"](), 64, CUDA)
+    assert drawn == [1, 2, 3]
+
+
+def test_shipped_configurations_serve_modules_that_were_imported_before(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fla.something", ModuleType("fla.something"))
+    monkeypatch.setattr(fla_library, "installed", lambda name: True)
+    monkeypatch.setattr(fla_library, "DEFERRED", ())
+    installed = []
+    monkeypatch.setattr(tuned, "install", lambda: installed.append(True))
+    assert fla_library.load("fla.something") is sys.modules["fla.something"]
+    assert installed
+
+
 def test_a_kernel_that_does_not_run_makes_the_candidate_invalid(hopper, monkeypatch):
-    def broken(*args):
+    def broken(*args, **draw):
         raise RuntimeError("no kernel image\nand more")
 
     monkeypatch.setattr(self_check, "agreement", broken)
@@ -98,7 +130,7 @@ def test_a_kernel_that_does_not_run_makes_the_candidate_invalid(hopper, monkeypa
 
 
 def test_out_of_memory_in_a_check_is_out_of_memory(hopper, monkeypatch):
-    def full(*args):
+    def full(*args, **draw):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(self_check, "agreement", full)
