@@ -48,13 +48,15 @@ def train(candidate: Architecture, model: str, recipe: str, seed: int, config: P
     """One training as a row."""
     import torch
 
+    from archsearch.latency.lock import sharing
     from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
     config = config.model_copy(update=RECIPES[recipe])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begin = time.perf_counter()
-    found = train_proxy(candidate, config, seed=seed, device=device)
+    with sharing(torch.device(device)) as give_way:  # measurements of other processes pass
+        found = train_proxy(candidate, config, seed=seed, device=device, on_progress=lambda *_: give_way())
     return {
         "model": model,
         "recipe": recipe,
