@@ -213,7 +213,8 @@ def make_task(options: argparse.Namespace) -> Task:
     genes = tuple(options.genes.split(",")) if options.genes else ()
     objectives = tuple(options.objectives.split(",")) if options.table else NAMES[:2]
     task = Task(options.table, objectives, genes, options.formula, options.nearest)
-    assert task.problem is not None  # a table is read here, so that its errors come before any work
+    genome = task.problem.space.genes  # a table is read here, so that its errors come before any work
+    print(f"{task.name}: {len(genome)} genes ({', '.join(genome)})", file=sys.stderr)
     return task
 
 
