@@ -83,7 +83,10 @@ class ProxyEvaluator:
 
     def _evaluate(self, record: Record, stopping: StoppingRule | None) -> None:
         with record.phase("import"):
-            device, record.device = _prepare(self.config.execution.device)
+            from archsearch.latency.device import device_name
+
+            device = prepare_device(self.config.execution.device)
+            record.device = device_name(device)
         objectives, limits = self.config.search.objectives, self.config.space.limits
         _static_costs(record, self.config)
         if "decode_latency" in objectives or limits.decode_latency is not None:
@@ -124,16 +127,16 @@ class ProxyEvaluator:
 # Phases
 
 
-def _prepare(name: str) -> tuple[torch.device, str]:
-    """The device and its name; a CPU worker computes on one core unless OMP_NUM_THREADS says more."""
+def prepare_device(name: str) -> torch.device:
+    """The device; a CPU worker computes on one core unless OMP_NUM_THREADS says more. Raises as ``resolve_device``."""
     import torch
 
-    from archsearch.latency.device import device_name, resolve_device
+    from archsearch.latency.device import resolve_device
 
     device = resolve_device(name)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return device, device_name(device)
+    return device
 
 
 def _static_costs(record: Record, config: RunConfig) -> None:
