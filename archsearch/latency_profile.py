@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from archsearch.architecture import Architecture, dump_operator, parse_operator
 from archsearch.config import LatencyConfig
+from archsearch.environment import package_version
 from archsearch.errors import ConfigError, EnvironmentUnfit
 from archsearch.files import read_text, to_json, write_atomic
 from archsearch.operators import OperatorConfig
@@ -37,7 +38,7 @@ class Fingerprint(Frozen):
 
     Attributes:
         threads: of the CPU; 0 on a GPU.
-        versions: of driver, CUDA, torch and Triton. Another one is warned of, and everything else is refused.
+        versions: of driver, torch and Triton. Another one is warned of, and everything else is refused.
     """
 
     device: str
@@ -125,9 +126,20 @@ class LatencyProfile(Frozen):
         data = self.model_dump(mode="json", include={"fingerprint", "correction", "table"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def name(self) -> str:
+        """For people: whose it is and how far it is off."""
+        about, error = f"latency profile {self.id} of {self.fingerprint.device}", self.error
+        return about if error is None else f"{about}, off by {error.median:.2%}, at worst {error.worst:.2%}"
+
     @cached_property
     def _costs(self) -> dict[str, float]:
         return {key(entry.hidden_size, entry.operator): entry.us for entry in self.table}
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, OperatorConfig | None], float]:
+        """What was looked up: a search asks for the same few operators all the time."""
+        return {}
 
     def seconds(self, architecture: Architecture) -> float:
         """Predicted decode latency: to decode the profile's tokens at its batch.
@@ -145,16 +157,16 @@ class LatencyProfile(Frozen):
 
     def parts(self, architecture: Architecture) -> tuple[float, float]:
         """Microseconds of head and of all operators, as the table has them. Raises as ``seconds``."""
-        hidden = architecture.hidden_size
-        operators = [dump_operator(operator) for operator in architecture.operators]
-        base, *costs = (self._cost(hidden, operator) for operator in (None, *operators))
+        base, *costs = (self._cost(architecture.hidden_size, one) for one in (None, *architecture.operators))
         return base, sum(costs)
 
-    def _cost(self, hidden: int, operator: dict[str, Any] | None) -> float:
-        try:
-            return self._costs[key(hidden, operator)]
-        except KeyError:
-            raise ProfileUnfit(f"the latency profile lacks {named(hidden, operator)}", AGAIN) from None
+    def _cost(self, hidden: int, operator: OperatorConfig | None) -> float:
+        if (hidden, operator) not in self._found:
+            plain = None if operator is None else dump_operator(operator)
+            if (name := key(hidden, plain)) not in self._costs:
+                raise ProfileUnfit(f"the latency profile lacks {named(hidden, plain)}", AGAIN)
+            self._found[hidden, operator] = self._costs[name]
+        return self._found[hidden, operator]
 
     def check_space(self, space: SearchSpace) -> None:
         """Raise ProfileUnfit where the profile does not speak of all that ``space`` can choose."""
@@ -183,6 +195,12 @@ class LatencyProfile(Frozen):
         self._check("device", name)
         if threads is not None and self.fingerprint.kind == "cpu":
             self._check("threads", threads)
+
+    def version_differences(self, driver: str) -> list[str]:
+        """What of driver, torch and Triton is of another version here."""
+        here = versions_here(driver)
+        taken = self.fingerprint.versions
+        return [f"{name} {taken.get(name)}, here {value}" for name, value in here.items() if taken.get(name) != value]
 
     def _check(self, name: str, value: Any) -> None:
         taken = getattr(self.fingerprint, name)
@@ -213,6 +231,11 @@ def load_profile(path: str | Path, *, complete: bool = True) -> LatencyProfile:
     if complete and profile.error is None:
         raise ProfileUnfit(f"{path}: its measurement was not finished", "run the same `archsearch profile` again")
     return profile
+
+
+def versions_here(driver: str) -> dict[str, str]:
+    """What a device's speed depends on besides itself and our kernels; ``driver`` is empty on a CPU."""
+    return {"driver": driver} | {name: package_version(name) or "" for name in ("torch", "triton")}
 
 
 def key(hidden: int, operator: dict[str, Any] | None) -> str:

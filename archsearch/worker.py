@@ -17,6 +17,7 @@ from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
 from archsearch.errors import InvalidArchitecture, StorageError
 from archsearch.evaluation import Evaluation, Outcome
+from archsearch.latency_profile import LatencyProfile, load_profile
 from archsearch.record import Record, accounted
 from archsearch.stopping import StoppingRule
 
@@ -68,6 +69,7 @@ class ProxyEvaluator:
 
     def __init__(self, config: RunConfig, weights: str | None = None, checkpoints: str | None = None) -> None:
         self.config, self.weights, self.checkpoints = config, weights, checkpoints
+        self.profile = None if config.latency.profile is None else load_profile(config.latency.profile)
 
     def __call__(self, architecture: Architecture, *, seed: int, stopping: StoppingRule | None = None) -> Evaluation:
         """Evaluate once. Every failure comes back as an outcome with its cause in ``error``."""
@@ -90,7 +92,7 @@ class ProxyEvaluator:
         objectives, limits = self.config.search.objectives, self.config.space.limits
         _static_costs(record, self.config)
         if "decode_latency" in objectives or limits.decode_latency is not None:
-            _measure(record, self.config, device)
+            _latency(record, self.config, device, self.profile)
         if "recall" in objectives or limits.recall is not None:
             _recall(record, self.config, device)
         if "loss" in objectives:
@@ -151,6 +153,25 @@ def _static_costs(record: Record, config: RunConfig) -> None:
     }
 
 
+def _latency(record: Record, config: RunConfig, device: torch.device, profile: LatencyProfile | None) -> None:
+    """Decode latency, from a measurement or from the profile, and whether it is within the limit."""
+    if profile is not None:
+        import torch
+
+        profile.check_device(record.device, torch.get_num_threads())
+        record.metrics["latency_profile"] = {"id": profile.id, "seconds": profile.seconds(record.architecture)}
+    if profile is not None and config.latency.source == "profile":
+        record.objectives["decode_latency"] = profile.seconds(record.architecture)
+        record.metrics["tpot_ms"] = profile.ms(record.architecture)
+        record.paths["decode"] = f"not measured: {profile.name}"
+    else:
+        _measure(record, config, device)
+    ceiling, seconds = config.space.limits.decode_latency, record.objectives["decode_latency"]
+    if ceiling is not None and seconds > ceiling:
+        cause = f"decode latency {seconds:.4g} s is above the limit {ceiling:.4g} s"
+        raise InvalidArchitecture(cause, "widen space.limits.decode_latency")
+
+
 def _measure(record: Record, config: RunConfig, device: torch.device) -> None:
     from archsearch.latency.decode import measure_decode
 
@@ -161,10 +182,6 @@ def _measure(record: Record, config: RunConfig, device: torch.device) -> None:
     record.paths["decode"] = latency.path
     record.objectives["decode_latency"] = latency.seconds
     record.metrics |= {"tpot_ms": latency.tpot_ms, "latency": latency.model_dump(mode="json", exclude={"device"})}
-    ceiling = config.space.limits.decode_latency
-    if ceiling is not None and latency.seconds > ceiling:
-        cause = f"decode latency {latency.seconds:.4g} s is above the limit {ceiling:.4g} s"
-        raise InvalidArchitecture(cause, "widen space.limits.decode_latency")
 
 
 def _recall(record: Record, config: RunConfig, device: torch.device) -> None:

@@ -36,6 +36,7 @@ from archsearch.latency_profile import (
     load_profile,
     named,
     operators_of,
+    versions_here,
 )
 from archsearch.operators import OperatorConfig
 from archsearch.space import SearchSpace
@@ -103,7 +104,7 @@ def take_fingerprint(config: RunConfig, device: torch.device) -> Fingerprint:
         strata=latency.strata,
         vocab_size=config.space.vocab_size,
         meta_tokens=config.space.meta_tokens,
-        versions={"driver": info.driver} | {name: info.versions[name] for name in ("cuda", "torch", "triton")},
+        versions=versions_here(info.driver),
     )
 
 
