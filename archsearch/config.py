@@ -195,6 +195,12 @@ class LatencyConfig(Frozen):
             raise ValueError("source: profile needs a profile, the file that `archsearch profile` wrote")
         return self
 
+    @property
+    def label(self) -> str:
+        """Quantity and unit of a decode latency."""
+        predicted = "predicted " if self.source == "profile" else ""
+        return f"{predicted}time to decode {self.tokens:,} tokens at batch {self.batch} [s]"
+
     def dtype_on(self, kind: str) -> str:
         """The data type of weights and caches on a kind of device, ``cpu`` or ``cuda``."""
         if self.dtype == "auto":

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
-from scipy.stats import spearmanr
 
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.latency_profile import Chain, Checked, Correction, Entry, LatencyProfile, ProfileError
@@ -108,15 +107,19 @@ def _predict(correction: Correction, rows: Floats) -> Floats:
 
 def _error(predicted: Floats, uncorrected: Floats, measured: Floats) -> ProfileError:
     errors = np.abs(predicted / measured - 1)
-    rank = float(spearmanr(predicted, measured).statistic) if len(measured) > 2 else float("nan")
     return ProfileError(
         median=float(np.median(errors)),
         worst=float(errors.max()),
-        spearman=rank if np.isfinite(rank) else None,
+        spearman=_spearman(predicted, measured) if len(measured) > 2 else None,
         uncorrected=float(np.median(np.abs(uncorrected / measured - 1))),
         chains=0.0,
         architectures=len(measured),
     )
+
+
+def _spearman(one: Floats, other: Floats) -> float:
+    ranks = [values.argsort().argsort() for values in (one, other)]
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def chain_error(profile: LatencyProfile) -> float:

@@ -8,7 +8,6 @@ against the GPU's cache run by other rules than large ones.
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -206,8 +205,4 @@ def _compile(config: RunConfig, device: torch.device, models: list[Architecture]
 def _measure(architecture: Architecture, config: RunConfig, device: torch.device, say: Say) -> float:
     """Milliseconds a token."""
     waiting = lambda: say("another measurement has this device: waiting")  # noqa: E731
-    found = measure_decode(architecture, config.latency, device=device, on_wait=waiting).tpot_ms
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return found
+    return measure_decode(architecture, config.latency, device=device, on_wait=waiting).tpot_ms

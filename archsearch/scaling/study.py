@@ -168,11 +168,10 @@ def make_picture(analysis: Analysis) -> ScalingPicture:
         losses = [float(as_metric(size.loss, analysis.metric)) for size in row if size.loss is not None]
         fitted = law.predict([s.depth for s in row], [s.width for s in row], tokens).tolist() if law and row else []
         lines.append(Line(f"depth {depth}", [size.latency for size in row], losses, fitted))
-    latency = analysis.grid.config.latency
     return ScalingPicture(
         title=f"{analysis.grid.config.space.name}: depth and width of {analysis.grid.block!r}",
         subtitle=_subtitle(analysis),
-        x_label=f"time to decode {latency.tokens:,} tokens at batch {latency.batch} [s]",
+        x_label=analysis.grid.config.latency.label,
         y_label=f"{UNITS[analysis.metric]} after {tokens:,} tokens",
         lines=lines,
         best=[(c.size.latency, c.loss.value, f"{c.size.depth}x{c.size.width}") for c in analysis.choices],
