@@ -10,21 +10,23 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from archsearch.architecture import Architecture, dump_operator, make_architecture
+from archsearch.architecture import Architecture, dump_operator
 from archsearch.config import RunConfig
 from archsearch.errors import InvalidArchitecture
 from archsearch.latency.compiling import Task, compile_shared, compile_side_by_side, compile_step
 from archsearch.latency.decode import measure_decode
 from archsearch.latency.device import describe
-from archsearch.latency.profile_fit import finish
+from archsearch.latency.profile_fit import chain_model, finish
 from archsearch.latency.protocol import VERSION, kernel_hash
+from archsearch.latency.validity import Disturbed
 from archsearch.latency_profile import (
     Chain,
     Checked,
@@ -42,6 +44,8 @@ from archsearch.space import SearchSpace
 
 Say = Callable[[str], None]
 FEWEST_COPIES, MOST_COPIES = 4, 48
+MOST_PUT_OFF = 5
+"""Disturbed measurements that are tried once more at the end."""
 TRIES = 20_000
 """Genomes drawn to find architectures to check with."""
 
@@ -64,28 +68,60 @@ def measure_profile(config: RunConfig, path: Path, device: torch.device, checks:
         ArchsearchError: as ``measure_decode`` does.
     """
     profile = _opened(path, take_fingerprint(config, device))
-    sample = sample_architectures(config.space, checks)
-    chains = list(_missing_chains(profile, config, statistics.median(len(a.operators) for a in sample)))
-    known = {_told(one) for one in profile.checked}
-    unseen = [architecture for architecture in sample if _told(_checked(architecture, 1.0)) not in known]
-    if device.type == "cuda" and (chains or unseen):
-        _compile(config, device, [model for _, model in chains], say)
-    total, done = len(chains) + len(unseen), 0
-    for chain, model in chains:
-        ms = _measure(model, config, device, say)
-        profile = profile.model_copy(update={"chains": (*profile.chains, chain.model_copy(update={"ms": ms}))})
+    tasks = _missing(profile, config, checks)
+    if device.type == "cuda" and tasks:
+        _compile(config, device, [task.model for task in tasks if task.chain is not None], say)
+    waiting, put_off = deque(tasks), set[_Task]()
+    while waiting:
+        task = waiting.popleft()
+        try:
+            ms = _measure(task.model, config, device, say)
+        except Disturbed as error:
+            # What disturbed may be gone by then; what disturbs all the time ends it.
+            if task in put_off or len(put_off) >= MOST_PUT_OFF:
+                raise
+            put_off.add(task)
+            waiting.append(task)
+            say(f"put off: {error.cause}")
+            continue
+        profile = task.kept(profile, ms)
         profile.save(path)
-        done += 1
-        say(f"{done} of {total}: {chain.copies} x {named(chain.hidden_size, chain.operator)}: {ms:.4g} ms")
-    for architecture in unseen:
-        ms = _measure(architecture, config, device, say)
-        profile = profile.model_copy(update={"checked": (*profile.checked, _checked(architecture, ms))})
-        profile.save(path)
-        done += 1
-        say(f"{done} of {total}: {architecture.hidden_size} wide {architecture.notation}: {ms:.4g} ms")
+        say(f"{len(tasks) - len(waiting)} of {len(tasks)}: {task.name}: {ms:.4g} ms")
     profile = finish(profile)
     profile.save(path)
     return profile
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One measurement: of a chain, or of a whole architecture."""
+
+    model: Architecture
+    chain: Chain | None = None
+
+    @property
+    def name(self) -> str:
+        if self.chain is None:
+            return f"{self.model.hidden_size} wide {self.model.notation}"
+        return f"{self.chain.copies} x {named(self.chain.hidden_size, self.chain.operator)}"
+
+    def __hash__(self) -> int:
+        return hash(self.model.id)
+
+    def kept(self, profile: LatencyProfile, ms: float) -> LatencyProfile:
+        """``profile`` with its result."""
+        if self.chain is None:
+            return profile.model_copy(update={"checked": (*profile.checked, _checked(self.model, ms))})
+        return profile.model_copy(update={"chains": (*profile.chains, self.chain.model_copy(update={"ms": ms}))})
+
+
+def _missing(profile: LatencyProfile, config: RunConfig, checks: int) -> list[_Task]:
+    """What is to be measured: chains first, so that a run that is ended early has what a table needs."""
+    sample = sample_architectures(config.space, checks)
+    usual = statistics.median(len(architecture.operators) for architecture in sample)
+    known = {_told(one) for one in profile.checked}
+    unseen = [_Task(architecture) for architecture in sample if _told(_checked(architecture, 1.0)) not in known]
+    return [*_missing_chains(profile, config, usual), *unseen]
 
 
 def take_fingerprint(config: RunConfig, device: torch.device) -> Fingerprint:
@@ -135,42 +171,30 @@ def sample_architectures(space: SearchSpace, count: int) -> list[Architecture]:
     return list(found.values())
 
 
-def _missing_chains(
-    profile: LatencyProfile, config: RunConfig, operators: float
-) -> Iterator[tuple[Chain, Architecture]]:
-    """What has no chain yet, in two lengths; ``operators`` is the usual number of them in the space."""
-    measured: dict[str, int] = {}
+def _missing_chains(profile: LatencyProfile, config: RunConfig, usual: float) -> Iterator[_Task]:
+    """Two lengths of each operator; ``usual`` is the number of operators in the space's architectures."""
+    measured: dict[str, set[int]] = {}
     for chain in profile.chains:
-        name = key(chain.hidden_size, chain.operator)
-        measured[name] = measured.get(name, 0) + 1
+        measured.setdefault(key(chain.hidden_size, chain.operator), set()).add(chain.copies)
     width = getattr(torch, profile.fingerprint.dtype).itemsize
     for hidden in config.space.hidden_size:
         found = operators_of(config.space, hidden)
         sizes = [_bytes(operator, hidden, config, width) for operator in found]
         for operator, size in zip(found, sizes, strict=True):
             plain = dump_operator(operator)
-            copies = math.ceil(operators * statistics.mean(sizes) / size / 1.5)
+            lengths = measured.get(key(hidden, plain), set())
+            copies = math.ceil(usual * statistics.mean(sizes) / size / 1.5)
             copies = min(max(copies, FEWEST_COPIES), MOST_COPIES)
-            for length in (copies, 2 * copies)[measured.get(key(hidden, plain), 0) :]:
-                yield (
-                    Chain(hidden_size=hidden, operator=plain, copies=length, ms=1),
-                    _chain(config, hidden, plain, length),
-                )
+            for length in (copies, 2 * copies) if len(lengths) < 2 else ():
+                if length not in lengths:
+                    chain = Chain(hidden_size=hidden, operator=plain, copies=length, ms=1)
+                    yield _Task(chain_model(chain, profile), chain)
 
 
 def _bytes(operator: OperatorConfig, hidden: int, config: RunConfig, width: int) -> int:
     """What a step moves for it."""
     state = operator.step_bytes(hidden, config.latency.tokens // 2 + config.space.meta_tokens, width)
     return (operator.parameters(hidden) + hidden) * width + config.latency.batch * state
-
-
-def _chain(config: RunConfig, hidden: int, operator: dict[str, Any], copies: int) -> Architecture:
-    return make_architecture(
-        hidden_size=hidden,
-        vocab_size=config.space.vocab_size,
-        meta_tokens=config.space.meta_tokens,
-        operators=[operator] * copies,
-    )
 
 
 def _checked(architecture: Architecture, ms: float) -> Checked:

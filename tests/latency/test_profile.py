@@ -19,6 +19,7 @@ from archsearch.errors import ConfigError
 from archsearch.latency import profile_check, profiling
 from archsearch.latency.profile_check import prepare_profile
 from archsearch.latency.profiling import measure_profile, sample_architectures
+from archsearch.latency.validity import Disturbed
 from archsearch.latency_profile import LatencyProfile, ProfileUnfit, load_profile, operators_of
 
 CPU = torch.device("cpu")
@@ -234,3 +235,28 @@ def test_bad_commands_leave_nothing_behind(tmp_path: Path, capsys: pytest.Captur
         assert cause in told
         assert "remedy: " in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.json", "space.json"]
+
+
+def test_a_disturbed_measurement_is_taken_again_at_the_end(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, disturbed = profiling.measure_decode, [2, 3]
+
+    def measure(*arguments: Any, **options: Any) -> Any:
+        if len(fake.calls) in disturbed:
+            raise Disturbed("somebody was here", disturbed.pop(0) and "wait")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(profiling, "measure_decode", measure)
+    said: list[str] = []
+    profile = measure_profile(config_of(), tmp_path / "profile.json", CPU, 12, said.append)
+    assert [line for line in said if "somebody" in line] == ["put off: somebody was here"] * 2
+    assert profile.error is not None
+    assert profile.error.worst < 1e-6
+    assert len(fake.calls) == len(profile.chains) + 12
+
+    fake.calls.clear()
+    disturbed[:] = [0] * 1000
+    with pytest.raises(Disturbed):
+        measure_profile(config_of(), tmp_path / "busy.json", CPU, 12, said.append)
+    assert not (tmp_path / "busy.json").exists()
