@@ -20,7 +20,7 @@ import torch
 
 from archsearch.architecture import Architecture, dump_operator
 from archsearch.config import RunConfig
-from archsearch.errors import InvalidArchitecture
+from archsearch.errors import ConfigError, InvalidArchitecture
 from archsearch.latency.compiling import Task, compile_shared, compile_side_by_side, compile_step
 from archsearch.latency.decode import measure_decode
 from archsearch.latency.device import describe
@@ -155,7 +155,11 @@ def _opened(path: Path, fingerprint: Fingerprint) -> LatencyProfile:
 
 
 def sample_architectures(space: SearchSpace, count: int) -> list[Architecture]:
-    """Different random architectures, so many or as many as the space has; the same ones each time."""
+    """Different random architectures, so many or as many as are found; the same ones each time.
+
+    Raises:
+        ConfigError: none is found.
+    """
     rng, found = np.random.default_rng(0), dict[str, Architecture]()
     for genome in space.seed_genomes[: max(0, count)]:
         architecture = space.build(genome)
@@ -168,6 +172,9 @@ def sample_architectures(space: SearchSpace, count: int) -> list[Architecture]:
         except InvalidArchitecture:
             continue
         found.setdefault(architecture.id, architecture)
+    if not found:
+        space.check_feasible()  # tells what stands against the last one it tried
+        raise ConfigError(f"no feasible architecture of {space.name} in {TRIES:,} draws", "widen it or its limits")
     return list(found.values())
 
 

@@ -217,6 +217,13 @@ def test_a_damaged_file_is_refused(change: Callable[[str], str], cause: str, tmp
     assert path.read_text() == before
 
 
+def test_an_empty_space_is_refused_before_anything_is_measured(tmp_path: Path, fake: Any) -> None:
+    with pytest.raises(ConfigError, match="has no feasible architecture"):
+        profile_of(tmp_path / "profile.json", config_of({**SPACE, "limits": {"parameters": {"max": 10}}}))
+    assert list(tmp_path.iterdir()) == []
+    assert fake.calls == []
+
+
 def test_bad_commands_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = {**SPACE, "limits": {"parameters": {"max": 10}}}
     for name, space in (("space", SPACE), ("empty", empty)):
