@@ -8,7 +8,7 @@ from typing import Any
 
 from archsearch.commands.console import print_json, say
 from archsearch.config import RunConfig
-from archsearch.errors import StorageError, UsageError
+from archsearch.errors import ArchsearchError, StorageError, UsageError
 from archsearch.latency_profile import LatencyProfile, named
 
 FOLDER = Path("latency_profiles")
@@ -41,7 +41,12 @@ def start(config: RunConfig, out: Path | None, *, checks: int, device: str, json
     except OSError as error:
         raise StorageError(f"cannot create {path.parent}: {error.strerror}", "choose another --out") from error
     say(f"latency profile: {path}")
-    profile = measure_profile(config, path, place, checks, say)
+    try:
+        profile = measure_profile(config, path, place, checks, say)
+    except (KeyboardInterrupt, ArchsearchError):
+        if path.exists():
+            say(f"go on with the same command: {path} keeps what was measured")
+        raise
     if json:
         print_json("profile", {"path": str(path), "id": profile.id, **_summary(profile)})
     else:
