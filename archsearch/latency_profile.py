@@ -18,8 +18,6 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from archsearch.architecture import Architecture, dump_operator, parse_operator
-from archsearch.config import LatencyConfig
-from archsearch.environment import package_version
 from archsearch.errors import ConfigError, EnvironmentUnfit
 from archsearch.files import read_text, to_json, write_atomic
 from archsearch.operators import OperatorConfig
@@ -168,45 +166,9 @@ class LatencyProfile(Frozen):
             self._found[hidden, operator] = self._costs[name]
         return self._found[hidden, operator]
 
-    def check_space(self, space: SearchSpace) -> None:
-        """Raise ProfileUnfit where the profile does not speak of all that ``space`` can choose."""
-        missing = [
-            named(width, operator)
-            for width in space.hidden_size
-            for operator in (None, *map(dump_operator, operators_of(space, width)))
-            if key(width, operator) not in self._costs
-        ]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            cause = f"the latency profile lacks {', '.join(missing[:3])}{more} of the space {space.name}"
-            raise ProfileUnfit(cause, "run `archsearch profile` with this space and the same --out: it adds them")
-        for name in ("vocab_size", "meta_tokens"):
-            self._check(name, getattr(space, name))
-
-    def check_settings(self, latency: LatencyConfig, kernel_hash: str, protocol: int) -> None:
-        """Raise ProfileUnfit where it was taken with other settings, kernels or rules."""
-        wanted = {name: getattr(latency, name) for name in ("batch", "tokens", "strata")}
-        wanted |= {"dtype": latency.dtype_on(self.fingerprint.kind), "kernel_hash": kernel_hash, "protocol": protocol}
-        for name, value in wanted.items():
-            self._check(name, value)
-
-    def check_device(self, name: str, threads: int | None = None) -> None:
-        """Raise ProfileUnfit where it was taken on another device, or another number of CPU threads."""
-        self._check("device", name)
-        if threads is not None and self.fingerprint.kind == "cpu":
-            self._check("threads", threads)
-
-    def version_differences(self, driver: str) -> list[str]:
-        """What of driver, torch and Triton is of another version here."""
-        here = versions_here(driver)
-        taken = self.fingerprint.versions
-        return [f"{name} {taken.get(name)}, here {value}" for name, value in here.items() if taken.get(name) != value]
-
-    def _check(self, name: str, value: Any) -> None:
-        taken = getattr(self.fingerprint, name)
-        if taken != value:
-            what = name.replace("_", " ")
-            raise ProfileUnfit(f"the latency profile was taken with {what} {taken}, here is {value}", AGAIN)
+    def holds(self, hidden: int, operator: dict[str, Any] | None) -> bool:
+        """Whether the table has an entry."""
+        return key(hidden, operator) in self._costs
 
     def save(self, path: Path) -> None:
         """Write it, all or nothing. Raises StorageError."""
@@ -231,11 +193,6 @@ def load_profile(path: str | Path, *, complete: bool = True) -> LatencyProfile:
     if complete and profile.error is None:
         raise ProfileUnfit(f"{path}: its measurement was not finished", "run the same `archsearch profile` again")
     return profile
-
-
-def versions_here(driver: str) -> dict[str, str]:
-    """What a device's speed depends on besides itself and our kernels; ``driver`` is empty on a CPU."""
-    return {"driver": driver} | {name: package_version(name) or "" for name in ("torch", "triton")}
 
 
 def key(hidden: int, operator: dict[str, Any] | None) -> str:

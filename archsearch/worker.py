@@ -17,6 +17,7 @@ from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
 from archsearch.errors import InvalidArchitecture, StorageError
 from archsearch.evaluation import Evaluation, Outcome
+from archsearch.latency.profile_check import check_device
 from archsearch.latency_profile import LatencyProfile, load_profile
 from archsearch.record import Record, accounted
 from archsearch.stopping import StoppingRule
@@ -158,7 +159,7 @@ def _latency(record: Record, config: RunConfig, device: torch.device, profile: L
     if profile is not None:
         import torch
 
-        profile.check_device(record.device, torch.get_num_threads())
+        check_device(profile, record.device, torch.get_num_threads())
         record.metrics["latency_profile"] = {"id": profile.id, "seconds": profile.seconds(record.architecture)}
     if profile is not None and config.latency.source == "profile":
         record.objectives["decode_latency"] = profile.seconds(record.architecture)

@@ -24,6 +24,7 @@ from archsearch.errors import ConfigError, InvalidArchitecture
 from archsearch.latency.compiling import Task, compile_shared, compile_side_by_side, compile_step
 from archsearch.latency.decode import measure_decode
 from archsearch.latency.device import describe
+from archsearch.latency.profile_check import versions_here
 from archsearch.latency.profile_fit import chain_model, finish
 from archsearch.latency.protocol import VERSION, kernel_hash
 from archsearch.latency.validity import Disturbed
@@ -37,7 +38,6 @@ from archsearch.latency_profile import (
     load_profile,
     named,
     operators_of,
-    versions_here,
 )
 from archsearch.operators import OperatorConfig
 from archsearch.space import SearchSpace
