@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -42,6 +43,11 @@ class Outcome(StrEnum):
         if self in (Outcome.NODE_LOST, Outcome.CANCELLED):
             return None
         return 2 if self is Outcome.CRASH else 1
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a loss in nats a token, finite for losses that a diverging training ends with."""
+    return math.exp(min(loss, 700.0))
 
 
 class Rung(Frozen):

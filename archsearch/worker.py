@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
 from archsearch.errors import InvalidArchitecture, StorageError
-from archsearch.evaluation import Evaluation, Outcome
+from archsearch.evaluation import Evaluation, Outcome, perplexity
 from archsearch.latency.profile_check import check_device
 from archsearch.latency_profile import LatencyProfile, load_profile
 from archsearch.record import Record, accounted
@@ -222,7 +221,7 @@ def _train(
     record.curve = result.curve
     record.paths |= result.paths
     record.metrics |= {
-        "perplexity": math.exp(min(result.loss, 700.0)),
+        "perplexity": perplexity(result.loss),
         "bits_per_byte": corpus.bits_per_byte(result.loss),
         "corpus": corpus.digest,
         "proxy_tokens": result.tokens,

@@ -144,8 +144,7 @@ def prefill(name: str, config: LatencyConfig) -> Row:
         f"{name:20} {one.length:6} tokens: {one.ms:.2f} ms, {one.tokens_per_second:9,.0f} tokens/s"
         for one in result.measured
     ]
-    error = math.nan if result.error is None else result.error
-    told = f"{name:20} {result.paths}, error {error:.3f} {result.omitted or ''} {notes or ''}"
+    told = f"{name:20} {result.paths}, {result.errors} {result.omitted or ''} {notes or ''}"
     return {**result.model_dump(mode="json"), "notes": notes}, [*lines, told]
 
 

@@ -131,11 +131,14 @@ def of_batches(throughput: Rows) -> Iterator[str]:
 
 
 def of_prompts(prefill: Rows) -> Iterator[str]:
-    """Milliseconds to the first token."""
+    """Milliseconds to the first token, and the errors that the kernels were accepted with."""
     for name, p in prefill.items():
         times = {one["length"]: f"{one['ms']:.2f}" for one in p["measured"]}
-        error = "-" if p["error"] is None else f"{p['error']:.3f}"
-        yield f"{name} | {' | '.join(times.get(length, '-') for length in (512, 2048, 8192, 32768))} | {error}"
+        errors = p["errors"] or {"reference": None, "fp32": None}
+        reference = "-" if errors["reference"] is None else f"{errors['reference']:.3f}"
+        fp32 = [f"{part} {ours:.3f} ({plain:.3f})" for part, (ours, plain) in (errors["fp32"] or {}).items()]
+        told = f"{reference} | {', '.join(fp32) or '-'}"
+        yield f"{name} | {' | '.join(times.get(length, '-') for length in (512, 2048, 8192, 32768))} | {told}"
 
 
 def of_transformers(compared: Rows) -> Iterator[str]:
@@ -161,7 +164,8 @@ def tables(record: Rows) -> Iterator[str]:
     yield from table("model | three processes [s] | spread | strata off by", of_exact(record.get("exact", {})))
     batch = "batch | tokens/s | ms a step | floor / measured | states [GB]"
     yield from table(f"model, 32k stored | {batch}", of_batches(record.get("throughput", {})))
-    yield from table("prompt [ms] | 512 | 2k | 8k | 32k | error", of_prompts(record.get("prefill", {})))
+    errors = "off the reference | off fp32 (the reference itself)"
+    yield from table(f"prompt [ms] | 512 | 2k | 8k | 32k | {errors}", of_prompts(record.get("prefill", {})))
     both = "transformers [ms a token] | with its start | ours | ratio"
     yield from table(f"shape | {both}", of_transformers(record.get("transformers", {})))
 

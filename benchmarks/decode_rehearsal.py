@@ -41,7 +41,7 @@ def prompts(name: str) -> None:
     """Prompts of all lengths, through what the mixers of this device run with."""
     with torch.inference_mode():
         found = measure_prefill(built(sample(load_architecture(name))), 1)
-    print(name, found.paths, "error", found.error, found.omitted or "", flush=True)
+    print(name, found.paths, "errors", found.errors, found.omitted or "", flush=True)
 
 
 def generate(name: str) -> None:

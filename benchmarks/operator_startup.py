@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
+import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +53,56 @@ def _result(kind: str, process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def startup_one(kind: str, hidden: int) -> dict[str, Any]:
-    """In a fresh process: seconds until torch is imported, until the device answers, until the first step is done."""
+    """In a fresh process: seconds that imports take, that the device takes to answer, and that the first step takes.
+
+    ``ready_s`` is all that follows torch's import: the device, our and the libraries' modules, the first step.
+    """
     start = time.perf_counter()
     import torch
 
     imported = time.perf_counter()
-    x = torch.randn(BATCH, LENGTH, hidden, device="cuda", requires_grad=True)
-    wake_autograd()
-    torch.cuda.synchronize()
-    context = time.perf_counter()
-    step(ours(kind, hidden), x)
-    torch.cuda.synchronize()
+    with importing() as modules:
+        x = torch.randn(BATCH, LENGTH, hidden, device="cuda", requires_grad=True)
+        wake_autograd()
+        torch.cuda.synchronize()
+        context = time.perf_counter()
+        step(ours(kind, hidden), x)
+        torch.cuda.synchronize()
     end = time.perf_counter()
     tuner = sys.modules.get("archsearch.model.tuned")
     tuned = sorted(tuner.Choice.missed) if tuner else []
     return {
-        "kind": kind, "import_s": imported - start, "context_s": context - imported, "first_step_s": end - context,
-        "tuned_here": tuned,
+        "kind": kind, "torch_s": imported - start, "ready_s": end - imported, "context_s": context - imported,
+        "modules_s": sum(modules), "first_step_s": end - context - sum(modules), "tuned_here": tuned,
     }  # fmt: skip
+
+
+@contextmanager
+def importing() -> Iterator[list[float]]:
+    """Collect the seconds of every import within, those inside of others not counted again."""
+    found: list[float] = []
+    plain = builtins.__import__, importlib.import_module
+    inside = False
+
+    def timed(load: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return load(*args, **kwargs)
+            inside, start = True, time.perf_counter()
+            try:
+                return load(*args, **kwargs)
+            finally:
+                inside = False
+                found.append(time.perf_counter() - start)
+
+        return call
+
+    builtins.__import__, importlib.import_module = timed(plain[0]), timed(plain[1])
+    try:
+        yield found
+    finally:
+        builtins.__import__, importlib.import_module = plain
 
 
 def imports() -> dict[str, float]:

@@ -49,6 +49,7 @@ def train(candidate: Architecture, model: str, recipe: str, seed: int, config: P
     """One training as a row."""
     import torch
 
+    from archsearch.proxy.data import load_corpus
     from archsearch.proxy.trainer import train_proxy
 
     config = config.model_copy(update=RECIPES[recipe])
@@ -63,6 +64,7 @@ def train(candidate: Architecture, model: str, recipe: str, seed: int, config: P
         "loss": found.loss,
         "curve": found.curve,
         "tokens": found.tokens,
+        "corpus_tokens": len(load_corpus(config, candidate.vocab_size).train),
         "tokens_per_second": found.tokens_per_second,
         "seconds": time.perf_counter() - begin,
         "phases": found.seconds,

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,20 @@ def test_validate_proxy_refuses_before_it_trains(command: Command, tmp_path: Pat
     code, _, err = command(*words, "8", "--long", "80K")
     assert (code, "no longer training" in err) == (2, True)
     assert not (tmp_path / "v").exists()
+
+
+def test_inspect_prints_losses_whose_perplexity_no_float_holds(
+    command: Command, run_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run_path, tmp_path / "run")
+    for path in (tmp_path / "run" / "trials").glob("*.json"):
+        trial = json.loads(path.read_text())
+        if trial["objectives"]:
+            trial["objectives"]["loss"] += 1000.0
+            path.write_text(json.dumps(trial))
+    code, out, err = command("inspect", tmp_path / "run")
+    assert code == 0, err
+    assert "e+304" in out
 
 
 def test_inspect_as_csv(command: Command, run_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -23,6 +22,7 @@ from archsearch.commands.console import print_json, safe, say, stdout
 from archsearch.commands.insight import insight_json, print_insight
 from archsearch.commands.predicted import profile_json, profile_lines
 from archsearch.errors import StorageError, UsageError
+from archsearch.evaluation import perplexity
 
 if TYPE_CHECKING:
     from archsearch.export import Format
@@ -187,7 +187,7 @@ def _cells(candidate: Candidate, objectives: tuple[str, ...], certainty: list[st
     assert evaluation is not None
     cells = [str(candidate.number), *(_value(name, evaluation.objectives[name]) for name in objectives)]
     if "loss" in objectives:
-        cells.append(f"{math.exp(evaluation.objectives['loss']):.2f}")
+        cells.append(f"{round(perplexity(evaluation.objectives['loss']), 2):,.6g}")
     cells += certainty
     if "parameters" not in objectives:
         cells.append(_value("parameters", architecture.parameters))

@@ -40,6 +40,6 @@ def load_section(name: str, model: type[SectionT], config: Path | None, override
             raise UsageError(f"--set {override!r} is not key.path=value", f"write for example {name}.tokens=1M")
         values[key] = parse_yaml(text, f"--set {override}").value
     try:
-        return validate(model, Document(values, "--set", {}))
+        return validate(model, Document(values, name, {}))
     except ConfigError as error:
-        raise ConfigError(error.cause, f"correct that value of --set {name}.*") from None
+        raise ConfigError(error.cause, "correct that value on the command line") from None

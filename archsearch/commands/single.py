@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from archsearch.architecture import Architecture
 from archsearch.commands.console import say, stderr
 from archsearch.commands.spaces import describe_architecture, duration
 from archsearch.config import LatencyConfig, ProxyConfig
+from archsearch.evaluation import perplexity
 
 SECONDS_A_LINE = 60.0
 
@@ -61,7 +61,7 @@ def train(architecture: Architecture, config: ProxyConfig, *, seed: int, device:
     return {
         "architecture": describe_architecture(architecture),
         "loss": result.loss,
-        "perplexity": math.exp(result.loss),
+        "perplexity": perplexity(result.loss),
         "bits_per_byte": load_corpus(config, architecture.vocab_size).bits_per_byte(result.loss),
         "tokens": result.tokens,
         "tokens_per_second": result.tokens_per_second,
@@ -79,7 +79,7 @@ def train_lines(result: dict[str, Any]) -> list[str]:
     bits = f", {result['bits_per_byte']:.4f} bits a byte" if result["bits_per_byte"] is not None else ""
     return [
         _head(result["architecture"]),
-        f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}{bits}",
+        f"loss {result['loss']:.4f} nats a token, perplexity {round(result['perplexity'], 2):,.6g}{bits}",
         f"{result['tokens']:,} tokens trained, {result['tokens_per_second']:,.0f} a second, "
         f"on {result['device']} in {result['dtype']}",
     ]

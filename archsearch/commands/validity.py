@@ -133,7 +133,7 @@ def lines(analysis: Analysis) -> list[str]:
 def _table(columns: list[str]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(safe(name), justify="right")
     return table
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from string import Template
 from typing import TYPE_CHECKING
 
 from archsearch.config import ProxyConfig
-from archsearch.evaluation import Evaluation
+from archsearch.evaluation import Evaluation, perplexity
 
 if TYPE_CHECKING:
     from archsearch.proxy.tokenizer import TextTokenizer
@@ -80,8 +79,9 @@ def _scores(evaluation: Evaluation, proxy: ProxyConfig) -> list[tuple[str, str]]
     loss = evaluation.objectives.get("loss")
     if loss is not None:
         bits = evaluation.metrics.get("bits_per_byte")
-        worth = f", {bits:.4f} bits a byte" if bits is not None else ""
-        value = f"{loss:.4f} nats a token (perplexity {math.exp(loss):.2f}{worth}) after {proxy.tokens:,} tokens"
+        worth = f"perplexity {round(perplexity(loss), 2):,.6g}"
+        worth += f", {bits:.4f} bits a byte" if bits is not None else ""
+        value = f"{loss:.4f} nats a token ({worth}) after {proxy.tokens:,} tokens"
         found += [("validation loss", value), ("trained on", f"`{proxy.data}`")]
     if (latency := evaluation.objectives.get("decode_latency")) is not None:
         measured = evaluation.metrics.get("latency", {})

@@ -15,7 +15,7 @@ import torch
 from archsearch.architecture import Architecture
 from archsearch.errors import EnvironmentUnfit, InvalidArchitecture
 from archsearch.latency.device import free_memory
-from archsearch.latency.validity import InvalidMeasurement, check_prefill
+from archsearch.latency.validity import InvalidMeasurement, PrefillErrors, check_prefill
 from archsearch.model.hybrid import DecodeState, HybridLM
 from archsearch.schema import Frozen
 
@@ -54,14 +54,13 @@ class PrefillTimes(Frozen):
     Attributes:
         omitted: why other lengths were not.
         paths: which implementation of each kind ran.
-        error: largest relative error of logits and states against the plain-torch reference; absent where that
-            comparison, or the implementation itself, failed.
+        errors: against plain torch; absent where that is what ran, and where the comparison or the kernels failed.
     """
 
     measured: tuple[Prefill, ...]
     omitted: dict[int, str]
     paths: dict[str, str]
-    error: float | None
+    errors: PrefillErrors | None
 
 
 def implementation(device: torch.device) -> str:
@@ -78,18 +77,18 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None
     """
     path = implementation(model.embed_tokens.weight.device)
     try:
-        error = _checked(model, path) if path != "torch" else 0.0
+        errors = _checked(model, path) if path != "torch" else None
         measured, omitted = _measure_each(model.use(path), batch, lengths or LENGTHS)
-        return PrefillTimes(measured=measured, omitted=omitted, paths=model.paths(), error=error)
+        return PrefillTimes(measured=measured, omitted=omitted, paths=model.paths(), errors=errors)
     except (InvalidArchitecture, InvalidMeasurement, EnvironmentUnfit) as unfit:
         reasons = dict.fromkeys(lengths or LENGTHS, unfit.cause)
-        return PrefillTimes(measured=(), omitted=reasons, paths=model.paths(), error=None)
+        return PrefillTimes(measured=(), omitted=reasons, paths=model.paths(), errors=None)
     finally:
         model.use("torch")
 
 
-def _checked(model: HybridLM, path: str) -> float:
-    """Error of the libraries' kernels; what had to be tuned for it is kept for the next process.
+def _checked(model: HybridLM, path: str) -> PrefillErrors:
+    """Errors of the libraries' kernels; what had to be tuned for it is kept for the next process.
 
     Raises:
         InvalidArchitecture, EnvironmentUnfit, InvalidMeasurement: an operator's options are beyond the kernels, a
@@ -101,9 +100,9 @@ def _checked(model: HybridLM, path: str) -> float:
     for layer in model.layers:
         layer.op.require()
         refuse_unsupported(layer.op.unsupported(), layer.kind)
-    error = check_prefill(model, path, CHECKED)
+    errors = check_prefill(model, path, CHECKED)
     remember()
-    return error
+    return errors
 
 
 def _measure_each(model: HybridLM, batch: int, lengths: tuple[int, ...]) -> tuple[tuple[Prefill, ...], dict[int, str]]:

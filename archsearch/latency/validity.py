@@ -8,11 +8,15 @@ from torch import Tensor
 
 from archsearch.errors import ArchsearchError
 from archsearch.latency.runtime import Runtime
-from archsearch.model.hybrid import HybridLM
+from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.schema import Frozen
 
 CHECKED_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest relative error ‖step - forward‖ / ‖forward‖ of the logits; bf16 rounds each of dozens of layers."""
+ROUNDING = 1.5
+"""How far a prefill through kernels may be from fp32, where plain torch in the model's own type is 1 away: two
+implementations round in different places."""
 
 
 class InvalidMeasurement(ArchsearchError):
@@ -90,32 +94,71 @@ def check_depth(runtime: Runtime, model: HybridLM, tokens: int) -> float:
     return _worst(errors, runtime)
 
 
-def check_prefill(model: HybridLM, path: str, length: int) -> float:
+class PrefillErrors(Frozen):
+    """What a prefill through kernels is off by: the largest relative error of the logits and of each state buffer.
+
+    Attributes:
+        reference: against the plain-torch reference in the model's own type.
+        fp32: of the kernels and of the reference, each against the reference in fp32, logits and states apart; absent
+            where the first comparison was enough.
+    """
+
+    reference: float
+    fp32: dict[str, tuple[float, float]] | None = None
+
+
+def check_prefill(model: HybridLM, path: str, length: int) -> PrefillErrors:
     """Compare a prompt through the implementation ``path`` with the plain-torch reference.
 
-    Returns:
-        The largest relative error, of the logits and of each state buffer.
+    Both round each layer, so in deep models they may differ by more than ``TOLERANCE`` though neither is wrong. The
+    same weights in fp32 decide then: the kernels may be ``ROUNDING`` times as far from those as the reference is.
 
     Raises:
-        InvalidMeasurement: the two do not agree.
+        InvalidMeasurement: the two do not agree, and rounding does not explain it.
     """
     weight = model.embed_tokens.weight
     tokens = torch.randint(len(weight), (1, length), generator=torch.Generator().manual_seed(0)).to(weight.device)
-
-    def prefilled(path: str) -> list[Tensor]:
-        state = model.use(path).allocate_state(1, length)
-        logits = model.prefill(tokens, state)
-        return [logits, *(buffer.flatten() for layer in state.layers for buffer in layer.values())]
-
-    pairs = zip(prefilled("torch"), prefilled(path), strict=True)
-    logits, *states = [_error(found, expected) for expected, found in pairs]
-    worst = float(np.max([logits, *states]))
+    reference, found = (_prefilled(model.use(one), tokens) for one in ("torch", path))
+    errors, bound = _apart(found, reference), TOLERANCE[weight.dtype]
+    checked = PrefillErrors(reference=float(np.max(list(errors.values()))))
     # a state holds what the layers before it rounded, and no final norm and head smooth it
-    if not (logits <= TOLERANCE[weight.dtype] and worst <= 2 * TOLERANCE[weight.dtype]):
-        cause = f"prefill ({path}) gives other logits or states than the reference: relative error {worst:.2g}"
-        cause += f", of the logits {logits:.2g}"
+    if errors["logits"] <= bound and errors["states"] <= 2 * bound:
+        return checked
+    cause = f"prefill ({path}) gives other logits or states than the reference: relative error {checked.reference:.2g}"
+    cause += f", of the logits {errors['logits']:.2g}"
+    if weight.dtype == torch.float32:
         raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
-    return worst
+    try:
+        exact = _prefilled(_in_fp32(model), tokens)
+    except torch.OutOfMemoryError:
+        remedy = "free memory for the weights in fp32: they tell rounding from a fault"
+        raise InvalidMeasurement(cause, remedy) from None
+    ours, theirs = _apart(found, exact), _apart(reference, exact)
+    if not all(ours[name] <= ROUNDING * theirs[name] for name in ours):
+        cause += f"; against fp32 {ours['logits']:.2g} (the reference {theirs['logits']:.2g})"
+        cause += f", states {ours['states']:.2g} ({theirs['states']:.2g})"
+        raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
+    return checked.model_copy(update={"fp32": {name: (ours[name], theirs[name]) for name in ours}})
+
+
+def _prefilled(model: HybridLM, tokens: Tensor) -> list[Tensor]:
+    """Logits of a prompt, then all state buffers, flat."""
+    state = model.allocate_state(1, tokens.shape[1])
+    logits = model.prefill(tokens, state)
+    return [logits, *(buffer.flatten() for layer in state.layers for buffer in layer.values())]
+
+
+def _apart(found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
+    """Relative error of the logits, and the largest of a state."""
+    logits, *states = [_error(*pair) for pair in zip(found, expected, strict=True)]
+    return {"logits": logits, "states": float(np.max(states))}  # unlike Python's max, NaN wins
+
+
+def _in_fp32(model: HybridLM) -> HybridLM:
+    """The same weights in fp32, through plain torch."""
+    exact = build_model(model.architecture, 0, model.embed_tokens.weight.device, torch.float32)
+    exact.load_state_dict(model.state_dict())
+    return exact
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -2,7 +2,8 @@
 
 Its packages import everything they have: layers, models and with them transformers, 11 to 16 s on a
 worker's way to its first step. Here their ``__init__`` runs only when somebody asks them for a name,
-so that ``import fla.layers`` still works beside us.
+so that ``import fla.layers`` still works beside us. And its modules mark functions that torch.compile must
+leave alone, for which torch imports its compiler, most of the time that is left: here it waits until it is used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 
 from archsearch.errors import EnvironmentUnfit
 
-DEFERRED = ("fla", "fla.ops", "fla.modules", "mamba_ssm")
+DEFERRED = ("fla", "fla.ops", "fla.modules", "fla.modules.norm", "mamba_ssm")
 """Packages whose ``__init__`` imports far more than the operator that is wanted, or (mamba-ssm) fails without
 the CUDA extension that the Triton scan does not need.
 """
@@ -47,7 +50,8 @@ def load(name: str) -> ModuleType:
     # also where somebody else has imported the module before: its tuners know nothing of our configurations then
     from archsearch.model import tuned
 
-    module = importlib.import_module(name)
+    with _compiler_postponed():
+        module = importlib.import_module(name)
     tuned.install()
     guarded = sys.modules.get("fla.ops.common.chunk_o")
     if guarded is not None and torch.cuda.is_available() and miscompiles(torch.device("cuda")):
@@ -90,6 +94,39 @@ def _defer(name: str) -> None:
     parent, _, child = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], child, module)
+
+
+@contextmanager
+def _compiler_postponed() -> Iterator[None]:
+    """Let ``torch.compiler.disable`` mark functions without importing torch's compiler (``_left_alone``)."""
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    disable = torch.compiler.disable
+    torch.compiler.disable = _left_alone
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
+
+
+def _left_alone(function: Callable[..., Any] | None = None, recursive: bool = True, **options: Any) -> Any:
+    """``torch.compiler.disable``, done at the first call that finds the compiler imported; before, none can be
+    compiling. Calls are quicker as well: a marked function switches the compiler off and on again at each.
+    """
+    if function is None:
+        return functools.partial(_left_alone, recursive=recursive, **options)
+    marked: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not marked:
+            marked.append(torch.compiler.disable(function, recursive, **options))
+        return marked[0](*args, **kwargs)
+
+    return call
 
 
 def require(device: torch.device) -> None:

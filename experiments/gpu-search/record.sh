@@ -10,8 +10,9 @@ trials() { find "$run/trials" -name '*.json' 2> /dev/null | wc -l; }
 archsearch run --space "${SPACE:-experiments/gpu-search/space.yaml}" --out "$run" "$@" 2> "$out/run.txt" &
 driver=$!
 while kill -0 $driver 2> /dev/null && [ "$(trials)" -lt 12 ]; do sleep 0.3; done
+kill -9 $driver || { cat "$out/run.txt"; exit 1; }                  # it ended by itself, before that
 echo "SIGKILL with $(trials) candidates" | tee "$out/killed.txt"
-kill -9 $driver; wait $driver
+wait $driver
 
 archsearch resume "$run" 2> "$out/resume.txt"
 archsearch inspect "$run" > "$out/inspect.txt"                     # time shares in its last lines

@@ -21,7 +21,7 @@ from archsearch.latency.prefill import measure_prefill
 from archsearch.latency.result import DecodeLatency
 from archsearch.latency.suite import LatencyReport, measure_all
 from archsearch.latency.throughput import measure_throughput
-from archsearch.latency.validity import InvalidMeasurement, check_prefill
+from archsearch.latency.validity import TOLERANCE, InvalidMeasurement, PrefillErrors, check_prefill
 from archsearch.model.hybrid import HybridLM, build_model
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_prefill_that_is_wrong_has_no_times(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(prefill, "implementation", lambda device: "fla")
     network = model()
     found = measure_prefill(network, 1, lengths=(16, 64))
-    assert (found.measured, found.error) == ((), None)
+    assert (found.measured, found.errors) == ((), None)
     assert found.omitted == dict.fromkeys((16, 64), "prefill (fla) gives other logits")
     assert set(network.paths().values()) == {"torch"}
 
@@ -102,9 +102,32 @@ def test_prefill_that_differs_from_the_reference_is_found(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(network, "use", use)
     with torch.inference_mode():
-        assert check_prefill(network, "torch", 20) == 0
+        assert check_prefill(network, "torch", 20) == PrefillErrors(reference=0.0)
         with pytest.raises(InvalidMeasurement, match=r"prefill \(other\) gives other logits or states"):
             check_prefill(network, "other", 20)
+
+
+def test_rounding_of_a_deep_model_is_told_from_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that is off by a little or by much, where the bound for shallow models allows neither."""
+    monkeypatch.setitem(TOLERANCE, torch.bfloat16, 1e-4)
+    network = build_model(architecture(), dtype=torch.bfloat16)
+    mixer, off = network.layers[0].op, {"torch": 1.0, "rounded": 1 + 2**-7, "wrong": 1.5}
+    prefill_, scale = mixer.prefill, 1.0
+
+    def use(path: str) -> HybridLM:
+        nonlocal scale
+        scale = off[path]
+        return network
+
+    monkeypatch.setattr(network, "use", use)
+    monkeypatch.setattr(mixer, "prefill", lambda x, state: scale * prefill_(x, state))
+    with torch.inference_mode():
+        errors = check_prefill(network, "rounded", 20).fp32
+        assert errors is not None
+        for kernels, reference in errors.values():
+            assert 0 < kernels <= 1.5 * reference
+        with pytest.raises(InvalidMeasurement, match="against fp32"):
+            check_prefill(network, "wrong", 20)
 
 
 def test_batches_double_to_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:

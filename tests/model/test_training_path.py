@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from types import ModuleType
 
@@ -154,3 +155,34 @@ def test_mamba_without_its_extension_is_refused_by_name(hopper, monkeypatch):
     assert model.paths() == {"m": "torch"}
     monkeypatch.setattr("archsearch.model.layers.mamba.installed", lambda name: True)
     assert prepared(model).paths() == {"m": "mamba-ssm selective_scan_cuda"}
+
+
+def test_kernels_are_imported_without_torch_compiler():
+    code = """
+import sys, torch
+from archsearch.model.fla_library import load
+disable = torch.compiler.disable
+for name in ("gla", "delta_rule", "gated_delta_rule", "kda", "rwkv7"):
+    load(f"fla.ops.{name}.chunk")
+assert torch.compiler.disable is disable
+print(sorted({"fla.layers", "torch._dynamo", "torch.distributed.tensor", "sympy"} & set(sys.modules)))
+"""
+    pytest.importorskip("fla")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_compiler_leaves_a_marked_function_alone_all_the_same():
+    compiling = []
+
+    @fla_library._left_alone(recursive=False)
+    def marked(x):
+        """What it does."""
+        compiling.append(torch.compiler.is_compiling())
+        return 2 * x
+
+    assert marked.__doc__ == "What it does."
+    compiled = torch.compile(lambda x: marked(x + 1) - 1, backend="eager")
+    for value in (1.0, 2.0):
+        assert compiled(torch.tensor(value)) == 2 * value + 1
+    assert compiling == [False, False]

@@ -175,6 +175,7 @@ def test_a_real_study_trains_prints_and_goes_on(tmp_path: Path, capsys: pytest.C
     assert validity.start(config(), tmp_path / "v", **options) == 0
     printed = capsys.readouterr().out
     assert "Spearman, seed against seed" in printed
+    assert "decode [s]" in printed
     assert "choosing by the proxy loses" in printed
     assert "seed noise of the proxy loss" in printed
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "v").glob("*/*.json")}
