@@ -8,7 +8,7 @@ from typing import Any
 
 from archsearch.commands.console import print_json, say
 from archsearch.config import RunConfig
-from archsearch.errors import ArchsearchError, StorageError, UsageError
+from archsearch.errors import StorageError, UsageError
 from archsearch.latency_profile import LatencyProfile, named
 
 FOLDER = Path("latency_profiles")
@@ -32,10 +32,13 @@ def start(config: RunConfig, out: Path | None, *, checks: int, device: str, json
         raise UsageError(f"--check {checks}", f"give {FEWEST_CHECKS} or more: a profile states how far it is off")
     from archsearch.latency.device import device_name
     from archsearch.latency.profiling import measure_profile
+    from archsearch.latency.validity import InvalidMeasurement
     from archsearch.worker import prepare_device
 
     place = prepare_device(device)
     path = out or FOLDER / f"{_slug(device_name(place))}-{_slug(config.space.name)}.json"
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "give --out the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -43,8 +46,8 @@ def start(config: RunConfig, out: Path | None, *, checks: int, device: str, json
     say(f"latency profile: {path}")
     try:
         profile = measure_profile(config, path, place, checks, say)
-    except (KeyboardInterrupt, ArchsearchError):
-        if path.exists():
+    except (KeyboardInterrupt, InvalidMeasurement):
+        if path.is_file():
             say(f"go on with the same command: {path} keeps what was measured")
         raise
     if json:

@@ -68,7 +68,7 @@ class Analysis:
                     "depth": choice.size.depth,
                     "width": choice.size.width,
                     "latency": choice.size.latency,
-                    "latency_measured": choice.measured,
+                    "latency_measured": choice.measured and self.grid.config.latency.source == "measurement",
                     "loss": choice.loss.value,
                     "loss_interval": [choice.loss.low, choice.loss.high] if self.law else None,
                 }
@@ -116,6 +116,8 @@ def analyse(
 ) -> Analysis:
     """Fit, test and choose; what the models cannot tell is absent and noted."""
     points, notes = _points(grid, trained)
+    if grid.config.latency.source == "profile":
+        notes.append("decode latency is predicted by the latency profile, not measured")
     law = _attempt("no law", lambda: fit_law(points, metric=metric), notes)
     larger = _attempt("nothing held out", lambda: held_out(points, metric=metric), notes) if law else None
     if law and law.undetermined:

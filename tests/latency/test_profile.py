@@ -235,9 +235,11 @@ def test_bad_commands_leave_nothing_behind(tmp_path: Path, capsys: pytest.Captur
         (["--space", "space.json", "--check", "1"], 2, "--check 1"),
         (["--space", "space.json", "--device", "cuda:99"], 4, "CUDA"),
         (["--space", "space.json", "--set", "latency.source=profile"], 3, "needs a profile"),
+        (["--space", "space.json", "--out", "space.json/profile.json"], 6, "cannot create"),
+        (["--space", "space.json", "--out", "."], 2, "is a folder"),
     ):
         arguments = [str(tmp_path / word) if word.endswith(".json") else word for word in arguments]
-        assert main(["profile", *arguments, "--out", out]) == code
+        assert main(["profile", "--device", "cpu", "--out", out, *arguments]) == code
         told = capsys.readouterr().err
         assert cause in told
         assert "remedy: " in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,6 @@ def test_a_worker_on_another_device_refuses(space: Path, monkeypatch: pytest.Mon
     config = load_config(space)
     write_profile(space.parent / "profile.json", config, device="another")
     architecture = config.space.build({"hidden_size": 32, "only.blocks": 1})
-    found = ProxyEvaluator(config)(architecture, seed=0)
+    found = pickle.loads(pickle.dumps(ProxyEvaluator(config)))(architecture, seed=0)
     assert not found.ok
     assert "ProfileUnfit" in found.error
