@@ -193,6 +193,22 @@ def latency(
 
 
 @app.command()
+def profile(
+    space: Annotated[Path, Option(metavar="FILE", help="The search space and its settings.", show_default=False)],
+    out: Annotated[Path | None, Option(metavar="FILE", help="latency_profiles/DEVICE-SPACE.json if absent.")] = None,
+    check: Annotated[int, Option(help="Whole architectures to measure: a third to correct by, the rest to test.")] = 24,
+    set_: Set = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure the latency profile of this device: what each operator of a space costs."""
+    from archsearch.commands.profile import start
+    from archsearch.config import load_config
+
+    start(load_config(space, set_ or ()), out, checks=check, device=device, json=json)
+
+
+@app.command()
 def data(
     source: Annotated[
         str | None, Argument(metavar="[SOURCE]", help="builtin:python, files:PATH, tokens:PATH or hf:OWNER/NAME.")

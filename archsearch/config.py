@@ -184,6 +184,28 @@ class LatencyConfig(Frozen):
     others: Literal["refuse", "note"] = Field(
         "refuse", description="signs of other programs on the GPU: invalid, or noted"
     )
+    profile: str | None = Field(None, min_length=1, description="file of `archsearch profile`; off: null")
+    source: Literal["measurement", "profile"] = Field(
+        "measurement", description="of the decode latency that counts: measured, or what the profile predicts"
+    )
+
+    @model_validator(mode="after")
+    def _source_exists(self) -> LatencyConfig:
+        if self.source == "profile" and self.profile is None:
+            raise ValueError("source: profile needs a profile, the file that `archsearch profile` wrote")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Quantity and unit of a decode latency."""
+        predicted = "predicted " if self.source == "profile" else ""
+        return f"{predicted}time to decode {self.tokens:,} tokens at batch {self.batch} [s]"
+
+    def dtype_on(self, kind: str) -> str:
+        """The data type of weights and caches on a kind of device, ``cpu`` or ``cuda``."""
+        if self.dtype == "auto":
+            return "bfloat16" if kind == "cuda" else "float32"
+        return self.dtype
 
 
 class ExecutionConfig(Frozen):
@@ -242,7 +264,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = validate(RunConfig, document)
     config.space.check_feasible()
     # The run folder's copy may be read from elsewhere, and later: it names no file by a relative path.
-    return config.model_copy(update={"proxy": absolute(config.proxy), "space": config.space.with_seed_files_read()})
+    latency = config.latency
+    if latency.profile is not None:
+        profile = Path(latency.profile).expanduser().absolute()
+        latency = latency.model_copy(update={"profile": str(profile)})
+    parts = {"proxy": absolute(config.proxy), "space": config.space.with_seed_files_read(), "latency": latency}
+    return config.model_copy(update=parts)
 
 
 def split_data(data: str) -> tuple[str, str]:

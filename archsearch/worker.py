@@ -16,6 +16,8 @@ from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
 from archsearch.errors import InvalidArchitecture, StorageError
 from archsearch.evaluation import Evaluation, Outcome, perplexity
+from archsearch.latency.profile_check import check_device
+from archsearch.latency_profile import LatencyProfile, load_profile
 from archsearch.record import Record, accounted
 from archsearch.stopping import StoppingRule
 
@@ -67,6 +69,7 @@ class ProxyEvaluator:
 
     def __init__(self, config: RunConfig, weights: str | None = None, checkpoints: str | None = None) -> None:
         self.config, self.weights, self.checkpoints = config, weights, checkpoints
+        self.profile = None if config.latency.profile is None else load_profile(config.latency.profile)
 
     def __call__(self, architecture: Architecture, *, seed: int, stopping: StoppingRule | None = None) -> Evaluation:
         """Evaluate once. Every failure comes back as an outcome with its cause in ``error``."""
@@ -82,11 +85,14 @@ class ProxyEvaluator:
 
     def _evaluate(self, record: Record, stopping: StoppingRule | None) -> None:
         with record.phase("import"):
-            device, record.device = _prepare(self.config.execution.device)
+            from archsearch.latency.device import device_name
+
+            device = prepare_device(self.config.execution.device)
+            record.device = device_name(device)
         objectives, limits = self.config.search.objectives, self.config.space.limits
         _static_costs(record, self.config)
         if "decode_latency" in objectives or limits.decode_latency is not None:
-            _measure(record, self.config, device)
+            _latency(record, self.config, device, self.profile)
         if "recall" in objectives or limits.recall is not None:
             _recall(record, self.config, device)
         if "loss" in objectives:
@@ -123,16 +129,16 @@ class ProxyEvaluator:
 # Phases
 
 
-def _prepare(name: str) -> tuple[torch.device, str]:
-    """The device and its name; a CPU worker computes on one core unless OMP_NUM_THREADS says more."""
+def prepare_device(name: str) -> torch.device:
+    """The device; a CPU worker computes on one core unless OMP_NUM_THREADS says more. Raises as ``resolve_device``."""
     import torch
 
-    from archsearch.latency.device import device_name, resolve_device
+    from archsearch.latency.device import resolve_device
 
     device = resolve_device(name)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    return device, device_name(device)
+    return device
 
 
 def _static_costs(record: Record, config: RunConfig) -> None:
@@ -147,6 +153,25 @@ def _static_costs(record: Record, config: RunConfig) -> None:
     }
 
 
+def _latency(record: Record, config: RunConfig, device: torch.device, profile: LatencyProfile | None) -> None:
+    """Decode latency, from a measurement or from the profile, and whether it is within the limit."""
+    if profile is not None:
+        import torch
+
+        check_device(profile, record.device, torch.get_num_threads())
+        record.metrics["latency_profile"] = {"id": profile.id, "seconds": profile.seconds(record.architecture)}
+    if profile is not None and config.latency.source == "profile":
+        record.objectives["decode_latency"] = profile.seconds(record.architecture)
+        record.metrics["tpot_ms"] = profile.ms(record.architecture)
+        record.paths["decode"] = f"not measured: {profile.name}"
+    else:
+        _measure(record, config, device)
+    ceiling, seconds = config.space.limits.decode_latency, record.objectives["decode_latency"]
+    if ceiling is not None and seconds > ceiling:
+        cause = f"decode latency {seconds:.4g} s is above the limit {ceiling:.4g} s"
+        raise InvalidArchitecture(cause, "widen space.limits.decode_latency")
+
+
 def _measure(record: Record, config: RunConfig, device: torch.device) -> None:
     from archsearch.latency.decode import measure_decode
 
@@ -157,10 +182,6 @@ def _measure(record: Record, config: RunConfig, device: torch.device) -> None:
     record.paths["decode"] = latency.path
     record.objectives["decode_latency"] = latency.seconds
     record.metrics |= {"tpot_ms": latency.tpot_ms, "latency": latency.model_dump(mode="json", exclude={"device"})}
-    ceiling = config.space.limits.decode_latency
-    if ceiling is not None and latency.seconds > ceiling:
-        cause = f"decode latency {latency.seconds:.4g} s is above the limit {ceiling:.4g} s"
-        raise InvalidArchitecture(cause, "widen space.limits.decode_latency")
 
 
 def _recall(record: Record, config: RunConfig, device: torch.device) -> None:

@@ -21,6 +21,7 @@ ROOT = {
     "errors",
     "evaluation",
     "files",
+    "latency_profile",
     "operators",
     "schema",
     "space",

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "--format --json --to --trial RUN",
     "train": "--device --json --seed --set --space ARCH",
     "latency": "--batch --context --device --dtype --exact --json --set --space --tokens ARCH",
+    "profile": "--check --device --json --out --set --space",
     "data": "--json --set --space --tokenizer --vocab-size [SOURCE]",
     "validate": "--json FILE",
     "init": "--json FILE",
@@ -38,7 +39,7 @@ CONFIG = {
     "proxy": "batch beta1 beta2 clip context cooldown corpus_tokens cuda_graph data dtype final_rate kernels "
     "learning_rate recall rungs schedule split text_field token_dtype tokenizer tokens validation_tokens validations "
     "warmup weight_decay weight_normalization",
-    "latency": "batch dtype others repeats steps strata tokens",
+    "latency": "batch dtype others profile repeats source steps strata tokens",
     "search.stopping": "confidence minimum",
     "proxy.recall": "batch context learning_rate pairs seeds test_sequences tokens vocab_size",
     "execution": "address allow_insecure_ray deadline device executor failure_minimum failure_rate grace "

@@ -252,7 +252,7 @@ def test_import_loads_no_torch() -> None:
 
 @pytest.mark.parametrize(("environment", "threads"), [({}, "1"), ({"OMP_NUM_THREADS": "2"}, "2")])
 def test_cpu_worker_uses_one_thread_unless_told(environment: dict[str, str], threads: str) -> None:
-    code = "import torch, archsearch.worker as w; w._prepare('cpu'); print(torch.get_num_threads())"
+    code = "import torch, archsearch.worker as w; w.prepare_device('cpu'); print(torch.get_num_threads())"
     assert run_python(code, **environment) == threads
 
 

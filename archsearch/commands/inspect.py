@@ -20,6 +20,7 @@ from archsearch.commands.certainty import (
 )
 from archsearch.commands.console import print_json, safe, say, stdout
 from archsearch.commands.insight import insight_json, print_insight
+from archsearch.commands.predicted import profile_json, profile_lines
 from archsearch.errors import StorageError, UsageError
 from archsearch.evaluation import perplexity
 
@@ -113,6 +114,7 @@ def front_json(results: Results) -> dict[str, Any]:
         ],
         "seed_noise": results.noise.model_dump(mode="json") if results.noise else None,
         "rungs": rungs_json(results),
+        "latency_profile": profile_json(results),
         "device_time": {"seconds": time.seconds, "overhead": time.overhead},
     }
 
@@ -175,7 +177,7 @@ def print_front(results: Results) -> None:
     time = device_time(results.candidates)
     if time.total:
         console.print(f"time: {time}", soft_wrap=True)
-    for line in certainty_lines(results):
+    for line in [*certainty_lines(results), *profile_lines(results)]:
         console.print(line, soft_wrap=True)
 
 

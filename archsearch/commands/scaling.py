@@ -14,6 +14,7 @@ from archsearch.commands.progress import SearchProgress
 from archsearch.config import RunConfig
 from archsearch.environment import capture_environment
 from archsearch.errors import UsageError
+from archsearch.latency.profile_check import prepare_profile
 from archsearch.scaling.grid import make_grid
 from archsearch.scaling.law import Metric
 from archsearch.scaling.study import UNITS, Analysis, run_scaling
@@ -56,6 +57,7 @@ def start(
         budgets=_numbers("--budgets", budgets, parse_quantity) if budgets else (),
         block=block,
     )
+    prepare_profile(grid.run_config(grid.budgets[-1]))
     prepare_data(config)
     path = out or Path("experiments") / f"{config.space.name}-scaling-{datetime.now():%Y%m%d-%H%M%S}"
     models = len(grid.depths) * len(grid.widths)

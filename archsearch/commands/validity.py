@@ -13,6 +13,7 @@ from archsearch.config import RunConfig
 from archsearch.environment import capture_environment
 from archsearch.errors import UsageError
 from archsearch.evaluation import Evaluator
+from archsearch.latency.profile_check import prepare_profile
 from archsearch.schema import parse_quantity
 from archsearch.validity.agreement import Estimate
 from archsearch.validity.analysis import LONG, Analysis
@@ -53,6 +54,7 @@ def start(
         short=None if short is None else _tokens("--short", short),
         seeds=seeds,
     )
+    prepare_profile(config)
     prepare_data(config)
     path = out or Path("experiments") / f"{config.space.name}-validity-{datetime.now():%Y%m%d-%H%M%S}"
     say(

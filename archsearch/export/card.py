@@ -86,5 +86,7 @@ def _scores(evaluation: Evaluation, proxy: ProxyConfig) -> list[tuple[str, str]]
     if (latency := evaluation.objectives.get("decode_latency")) is not None:
         measured = evaluation.metrics.get("latency", {})
         what = f" for {measured['tokens']:,} tokens at batch {measured['batch']}" if measured else ""
+        if not measured and "latency_profile" in evaluation.metrics:
+            what = f", {evaluation.paths['decode']}"
         found.append(("decode latency", f"{latency:.4g} s{what}"))
     return found

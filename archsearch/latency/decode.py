@@ -84,7 +84,7 @@ def measure_decode(
         if device.type == "cuda":
             make_canary(device)
             gc.collect()  # what an earlier one left would be freed in between, and the peak come out too low
-        dtype = _dtype(config.dtype, device) if model is None else model.embed_tokens.weight.dtype
+        dtype = getattr(torch, config.dtype_on(device.type)) if model is None else model.embed_tokens.weight.dtype
         _check_fits(architecture, config, device, dtype, weights=model is None)
         held = _allocated(device) - sum(p.nbytes for p in model.parameters()) if model else _allocated(device)
         model = build_model(architecture, 0, device, dtype) if model is None else model
@@ -246,12 +246,6 @@ def _notes(architecture: Architecture, timed: _Timed, narrow: bool, width: int) 
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def _check_fits(

@@ -15,7 +15,7 @@ from typing import Literal
 import psutil
 import torch
 
-from archsearch.environment import package_version
+from archsearch.environment import cpu_name, package_version
 from archsearch.errors import EnvironmentUnfit, UsageError
 from archsearch.latency.lock import device_key
 from archsearch.latency.nvml import ask_nvml
@@ -75,7 +75,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """The maker's name of a CPU or GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def describe(device: torch.device) -> DeviceInfo:
@@ -98,14 +98,6 @@ def describe(device: torch.device) -> DeviceInfo:
         versions=versions,
         notes=(note,) if note else (),
     )
-
-
-def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _cores() -> int:

@@ -69,7 +69,7 @@ def axis_label(name: str, config: RunConfig) -> str:
     return {
         "loss": "validation loss [nats a token]",
         "recall": "recall error",
-        "decode_latency": f"time to decode {config.latency.tokens:,} tokens at batch {config.latency.batch} [s]",
+        "decode_latency": config.latency.label,
         "parameters": "parameters [millions]",
         "state_bytes": f"decode state at {config.space.limits.state_context:,} tokens [KiB]",
     }[name]

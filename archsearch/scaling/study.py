@@ -68,7 +68,7 @@ class Analysis:
                     "depth": choice.size.depth,
                     "width": choice.size.width,
                     "latency": choice.size.latency,
-                    "latency_measured": choice.measured,
+                    "latency_measured": choice.measured and self.grid.config.latency.source == "measurement",
                     "loss": choice.loss.value,
                     "loss_interval": [choice.loss.low, choice.loss.high] if self.law else None,
                 }
@@ -116,6 +116,8 @@ def analyse(
 ) -> Analysis:
     """Fit, test and choose; what the models cannot tell is absent and noted."""
     points, notes = _points(grid, trained)
+    if grid.config.latency.source == "profile":
+        notes.append("decode latency is predicted by the latency profile, not measured")
     law = _attempt("no law", lambda: fit_law(points, metric=metric), notes)
     larger = _attempt("nothing held out", lambda: held_out(points, metric=metric), notes) if law else None
     if law and law.undetermined:
@@ -168,11 +170,10 @@ def make_picture(analysis: Analysis) -> ScalingPicture:
         losses = [float(as_metric(size.loss, analysis.metric)) for size in row if size.loss is not None]
         fitted = law.predict([s.depth for s in row], [s.width for s in row], tokens).tolist() if law and row else []
         lines.append(Line(f"depth {depth}", [size.latency for size in row], losses, fitted))
-    latency = analysis.grid.config.latency
     return ScalingPicture(
         title=f"{analysis.grid.config.space.name}: depth and width of {analysis.grid.block!r}",
         subtitle=_subtitle(analysis),
-        x_label=f"time to decode {latency.tokens:,} tokens at batch {latency.batch} [s]",
+        x_label=analysis.grid.config.latency.label,
         y_label=f"{UNITS[analysis.metric]} after {tokens:,} tokens",
         lines=lines,
         best=[(c.size.latency, c.loss.value, f"{c.size.depth}x{c.size.width}") for c in analysis.choices],

@@ -90,6 +90,7 @@ class AgingEvolutionSampler(BaseSampler):
         objectives: names of the study's objectives, in their order; needed with ``cheap``.
         cheap: objectives of a genome that are known without an evaluation, by name. Called for
             feasible genomes only.
+        ceilings: values of ``cheap`` above which a genome is infeasible.
         seed: drawn at random where None.
         settings: fields of ``AgingSettings``.
     """
@@ -100,6 +101,7 @@ class AgingEvolutionSampler(BaseSampler):
         *,
         objectives: Sequence[str] = (),
         cheap: Cheap | None = None,
+        ceilings: Mapping[str, float] | None = None,
         seed: int | None = None,
         **settings: Any,
     ) -> None:
@@ -107,6 +109,7 @@ class AgingEvolutionSampler(BaseSampler):
         self._space = space
         self._objectives = tuple(objectives)
         self._cheap = cheap
+        self._ceilings = dict(ceilings or {})
         self._check_paper()
         self._seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         self._reader = HistoryReader(self._identity)
@@ -184,8 +187,17 @@ class AgingEvolutionSampler(BaseSampler):
         if self._space is None:
             return repr(codes)
         if codes not in self._identities:
-            self._identities[codes] = self._space.identity(genes.decode(codes))
+            genome = genes.decode(codes)
+            identity = self._space.identity(genome)
+            self._identities[codes] = None if identity is None or self._too_dear(genome) else identity
         return self._identities[codes]
+
+    def _too_dear(self, genome: Mapping[str, Any]) -> bool:
+        """Whether a feasible genome is above a ceiling."""
+        if self._cheap is None or not self._ceilings:
+            return False
+        known = self._cheap(genome)
+        return any(known[name] > ceiling for name, ceiling in self._ceilings.items())
 
     def _draws(self, genes: Genes, history: History, rng: np.random.Generator) -> Draws:
         """Proposals in the order in which they are to be tried."""

@@ -15,7 +15,9 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
+from archsearch.architecture import Architecture
 from archsearch.config import RunConfig
+from archsearch.latency_profile import LatencyProfile, load_profile
 from archsearch.search.aging import AgingEvolutionSampler
 
 SamplerFor = Callable[[int, bool], BaseSampler]
@@ -49,26 +51,44 @@ def make_sampler(config: RunConfig) -> SamplerFor:
 
 def _aging(config: RunConfig) -> AgingEvolutionSampler:
     """The paper's mode aims at the space's latency limit; the default mode uses what is known without measuring."""
-    search, settings = config.search, config.search.aging.model_dump()
+    search, latency, settings = config.search, config.latency, config.search.aging.model_dump()
+    ceiling, ceilings = config.space.limits.decode_latency, {}
+    profile = None if latency.profile is None else load_profile(latency.profile)
     if settings["mode"] == "paper" and "decode_latency" in search.objectives:
-        settings["latency_target"] = config.space.limits.decode_latency
-    cheap = _cheap(config)
-    return AgingEvolutionSampler(config.space, objectives=search.objectives, cheap=cheap, seed=search.seed, **settings)
+        settings["latency_target"] = ceiling
+        if ceiling is not None and profile is not None and "hidden_size" in config.space.genes:
+            settings["fit_width"] = "hidden_size"
+    if ceiling is not None and profile is not None and profile.error is not None:
+        # What is measured may still keep a limit that its prediction breaks by as little as the profile errs.
+        ceilings["decode_latency"] = ceiling * (1 if latency.source == "profile" else 1 + profile.error.worst)
+    return AgingEvolutionSampler(
+        config.space,
+        objectives=search.objectives,
+        cheap=_cheap(config, profile),
+        ceilings=ceilings,
+        seed=search.seed,
+        **settings,
+    )
 
 
-def _cheap(config: RunConfig) -> Callable[[Mapping[str, Any]], Mapping[str, float]] | None:
-    """The objectives that an architecture has before anything runs, if the search has such objectives."""
-    space, names = config.space, set(config.search.objectives) & {"parameters", "state_bytes"}
-    if not names:
+def _cheap(
+    config: RunConfig, profile: LatencyProfile | None
+) -> Callable[[Mapping[str, Any]], Mapping[str, float]] | None:
+    """The objectives and limits that an architecture has before anything runs, if the search has such ones."""
+    space, known = config.space, dict[str, Callable[[Architecture], float]]()
+    if "parameters" in config.search.objectives:
+        known["parameters"] = lambda architecture: float(architecture.parameters)
+    if "state_bytes" in config.search.objectives:
+        known["state_bytes"] = lambda architecture: float(architecture.state_bytes(space.limits.state_context))
+    timed = "decode_latency" in config.search.objectives or space.limits.decode_latency is not None
+    if profile is not None and timed:
+        known["decode_latency"] = profile.seconds
+    if not known:
         return None
 
     def cheap(genome: Mapping[str, Any]) -> Mapping[str, float]:
         architecture = space.build(genome)
-        known = {
-            "parameters": float(architecture.parameters),
-            "state_bytes": float(architecture.state_bytes(space.limits.state_context)),
-        }
-        return {name: known[name] for name in names}
+        return {name: value(architecture) for name, value in known.items()}
 
     return cheap
 

@@ -16,8 +16,8 @@ from archsearch.commands.scaling import start
 from archsearch.config import RunConfig, load_config
 from archsearch.errors import ArchsearchError, ConfigError, UsageError
 from archsearch.evaluation import Evaluation, Outcome
-from archsearch.scaling.grid import collect, make_grid, train_grid
-from archsearch.scaling.study import run_scaling
+from archsearch.scaling.grid import Trained, collect, make_grid, train_grid
+from archsearch.scaling.study import analyse, run_scaling
 
 QUICK = [
     "execution.executor=inline",
@@ -198,3 +198,15 @@ def test_words_that_are_refused(tmp_path: Path, words: dict[str, str]) -> None:
         start(quick_config(), tmp_path / "out", **({"depths": "1,2", "widths": "64,96"} | words))
     assert caught.value.exit_code in (2, 3)
     assert not (tmp_path / "out").exists()
+
+
+def test_predicted_latencies_are_called_so() -> None:
+    config = quick_config("latency.source=profile", "latency.profile=some.json")
+    grid = make_grid(config, [1, 2], [64, 96], block="a f")
+    tokens = grid.budgets[-1]
+    trained = [Trained(d, w, tokens, Outcome.OK, 4.0 / d, 0.1 * d * w) for d in grid.depths for w in grid.widths]
+    analysis = analyse(grid, trained)
+    assert "decode latency is predicted by the latency profile, not measured" in analysis.notes
+    choices = analysis.summary()["choices"]
+    assert choices
+    assert not any(choice["latency_measured"] for choice in choices)
