@@ -21,12 +21,12 @@ def main() -> None:
     tokens = record["batch"] * record["length"] / 1e3
     rows = [row for row in record["rows"] if row.get("ms")]
     widths = sorted({row["hidden"] for row in rows})
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
     figure, axes = plt.subplots(1, len(widths), figsize=(4 * len(widths), 3.2), layout="constrained")
     for axis, width in zip([axes] if len(widths) == 1 else axes, widths, strict=True):
         at = {row["kind"]: row for row in rows if row["hidden"] == width}
+        kinds = list(at)
         for shift, name, label in ((-0.2, "graph_ms", "ours"), (0.2, "fla_graph_ms", "fla.layers")):
-            heights = [tokens / at[kind][name] if at.get(kind, {}).get(name) else 0.0 for kind in kinds]
+            heights = [tokens / at[kind][name] if at[kind].get(name) else 0.0 for kind in kinds]
             axis.bar([i + shift for i in range(len(kinds))], heights, 0.4, label=label)
         axis.set_xticks(range(len(kinds)), kinds)
         axis.set_title(f"width {width}")
