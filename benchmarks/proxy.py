@@ -5,7 +5,8 @@ dominate, and two of 340 M, 40 operators at d 1024 and 24 at d 1280. A step is f
 fused AdamW on random tokens, in bf16 with fp32 weights.
 flash-linear-attention's models are trained in a plain eager loop, as its users do, with its fused norm, SwiGLU
 and cross-entropy; flash-attn is not needed, its attention runs through torch's. Kernels that both use have the same
-configurations, those of ``archsearch doctor --tune``; the rest of theirs are tuned at their first step.
+configurations, those of ``archsearch doctor --tune``; the rest of theirs are tuned at their first step, which takes
+minutes: ``--warm`` before does it, and keeps what was found for later processes.
 
     python benchmarks/proxy.py --json throughput.json
     python benchmarks/proxy.py --warm        # only compile and tune, for a timing that follows
@@ -310,6 +311,7 @@ def main() -> None:
                 begin = time.perf_counter()
                 variants(case)[name]()[0]()
                 torch.cuda.synchronize()
+                tuned.remember()
                 print(f"{case.name:22} {name:34} first step {time.perf_counter() - begin:.1f} s", flush=True)
             else:
                 row = measure(case, name, args.seconds)

@@ -100,13 +100,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """The gain over the course of training, a panel a model, a line a seed."""
+    """The gain over the course of training, a panel a model that there is, a line a seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.2), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(MODELS), sharey=True)
     curves = {(row["model"], row["recipe"], row["seed"]): row["curve"] for row in rows}
-    for panel, model in zip(panels, MODELS, strict=True):
+    models = [model for model in MODELS if any(key[0] == model for key in curves)]
+    figure = Figure(figsize=(1.6 + 2.8 * len(models), 3.2), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for panel, model in zip(panels, models, strict=True):
         plain, normal = RECIPES
         for _, _, seed in sorted(key for key in curves if key[:2] == (model, normal)):
             pairs = zip(curves.get((model, plain, seed), []), curves[model, normal, seed], strict=False)

@@ -60,6 +60,7 @@ def prepare(model: HybridLM, path: str, device: torch.device, dtype: torch.dtype
         compile_ahead(operators)
         for config, width in operators:
             self_check.require_sound(config, width, device)
+            _mark((config, width)).touch()  # also where it was alone, and therefore left to this process
     return model.use(path)
 
 
@@ -76,8 +77,10 @@ def compile_ahead(operators: list[Operator]) -> None:
     Alone an operator is left to the caller. What a check finds is not looked at here: the caller's own,
     which then compiles nothing, decides.
     """
+    if not _cold(operators):  # nothing to wait for, whoever compiles at the moment
+        return
     with _turn():
-        cold = [operator for operator in operators if not _mark(operator).exists()]
+        cold = _cold(operators)
         if len(cold) < 2:
             return
         cores = len(os.sched_getaffinity(0))
@@ -91,6 +94,10 @@ def compile_ahead(operators: list[Operator]) -> None:
                     _mark(operator).touch()
 
 
+def _cold(operators: list[Operator]) -> list[Operator]:
+    return [operator for operator in operators if not _mark(operator).exists()]
+
+
 def _command(operator: Operator) -> list[str]:
     config, hidden = operator
     options = json.dumps(config.model_dump(mode="json"))
@@ -100,9 +107,7 @@ def _command(operator: Operator) -> list[str]:
 @contextmanager
 def _turn() -> Iterator[None]:
     """Only one worker of a machine compiles ahead at a time; the others then find it done."""
-    folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with (_folder() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -110,7 +115,9 @@ def _turn() -> Iterator[None]:
 def _folder() -> Path:
     from triton import knobs
 
-    return Path(knobs.cache.dir) / "archsearch"
+    folder = Path(knobs.cache.dir) / "archsearch"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _mark(operator: Operator) -> Path:

@@ -28,8 +28,9 @@ def model_of(**options: int) -> HybridLM:
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def hopper(monkeypatch, tmp_path):
     """A machine that looks fit: what is missing is taken away by the tests."""
+    monkeypatch.setattr(training_path, "_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
     monkeypatch.setattr(training_path, "compile_ahead", lambda operators: None)
@@ -43,6 +44,21 @@ def prepared(model: HybridLM, dtype: torch.dtype = torch.bfloat16) -> HybridLM:
 def test_a_fit_machine_trains_every_kind_through_its_kernels(hopper):
     model = prepared(model_of(head_dim=16))
     assert model.paths() == {"a": "SDPA flash", "d": "fla chunk_delta_rule", "f": "Triton SwiGLU"}
+
+
+def test_what_was_compiled_is_known_and_waits_for_nobody(monkeypatch, tmp_path):
+    monkeypatch.setattr(training_path, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
+    operators = [(OPERATORS[kind](), 64) for kind in ("d", "f")]
+    for operator in operators:
+        training_path._mark(operator).touch()
+    monkeypatch.setattr(training_path, "_turn", lambda: pytest.fail("waits for others that compile"))
+    training_path.compile_ahead(operators)
+
+
+def test_an_operator_that_was_checked_alone_is_known_afterwards(hopper, tmp_path):
+    model = prepared(model_of(head_dim=16))
+    assert len(list(tmp_path.iterdir())) == len(set(model.architecture.operators))
 
 
 def test_auto_is_the_reference_on_a_cpu_and_the_kernels_are_refused_there():
