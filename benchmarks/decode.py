@@ -1,7 +1,7 @@
 """Decode latency against the bandwidth floor, on one CUDA device. Each part can be run by itself; all go to one file.
 
-    python -m benchmarks.decode --out experiments/decode-h100 --compile -- PARTS
-    python -m benchmarks.decode --out experiments/decode-h100 PARTS
+    python -m benchmarks.decode --out experiments/decode-h200 --compile -- PARTS
+    python -m benchmarks.decode --out experiments/decode-h200 PARTS
 
 models: ``measure_decode`` of each reference architecture, step time at 128 to 32k tokens stored, energy.
 operators: the cost of one more operator of each kind in a chain, from N and 2 N copies with weights of their own.

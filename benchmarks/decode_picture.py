@@ -37,7 +37,10 @@ def table(head: str, rows: Iterator[str]) -> list[str]:
 
 
 def gathered(folder: Path) -> Rows:
-    """``decode.json``; the models that it lacks as ``exact`` found them, or else an earlier ``run<N>.json``."""
+    """``decode.json``; the models that it lacks as ``exact`` found them, or else an earlier ``run<N>.json``.
+
+    The models are ordered by their floor.
+    """
     record: Rows = json.loads((folder / "decode.json").read_text())
     models: Rows = {}
     for path in sorted(folder.glob("run*.json")):
@@ -46,7 +49,7 @@ def gathered(folder: Path) -> Rows:
     for name, row in record.get("exact", {}).items():
         models[name] = {**models.get(name, {}), **row["runs"][0], "state": "exact"}
     models |= {name: {**row, "state": "models"} for name, row in record.get("models", {}).items()}
-    return {**record, "models": models}
+    return {**record, "models": dict(sorted(models.items(), key=lambda item: item[1]["floor_ms"]))}
 
 
 def of_models(models: Rows) -> Iterator[str]:

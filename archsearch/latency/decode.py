@@ -254,9 +254,9 @@ def _check_fits(
     """Refuse before anything is allocated: weights, state, and the logits of a step and of the check."""
     state = architecture.state_bytes(config.tokens, batch=config.batch, width=dtype.itemsize)
     logits = (2 * config.batch + 2 * CHECKED_TOKENS) * architecture.vocab_size * 4
-    # On a GPU the runtime keeps merged copies of the weights beside the model, and the check a state of one sequence.
+    # On a GPU the runtime keeps merged copies of the weights beside the model, the check two states of one sequence.
     copies = int(weights) + int(device.type == "cuda")
-    check = architecture.state_bytes(config.tokens, width=dtype.itemsize) if device.type == "cuda" else 0
+    check = 2 * architecture.state_bytes(config.tokens, width=dtype.itemsize) if device.type == "cuda" else 0
     needed = state + check + logits + copies * architecture.parameters * dtype.itemsize
     what = f"decoding {config.tokens} tokens at batch {config.batch} with {architecture.parameters:,} parameters"
     require_memory(device, needed, what)

@@ -94,9 +94,8 @@ def check_depth(runtime: Runtime, model: HybridLM, tokens: int) -> Errors:
         _check_moved_on(runtime, depth + 1)
 
     def step(model: HybridLM) -> Outputs:
-        logits = []
+        logits, state = [], model.allocate_state(1, tokens)
         for depth in depths:
-            state = model.allocate_state(1, tokens)
             state.position.fill_(depth + model.n_meta)
             for buffers, random in zip(state.layers, drawn.layers, strict=True):
                 for name, buffer in buffers.items():

@@ -64,7 +64,7 @@ def test_disturbed_row_is_taken_once_more_at_the_end(record: decode.Record, monk
     monkeypatch.setitem(decode.PARTS, "models", (measure, ["one", "busy", "two"]))
     decode.run("models", [], CONFIG, record, 60)
     assert measured == ["one", "busy", "two", "one", "busy"]
-    assert set(record.found["models"]) == {"one", "two"}
+    assert list(record.found["models"]) == ["one", "two"]  # in their usual order
 
 
 def test_row_that_would_take_too_long_is_not_begun(record: decode.Record, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +99,19 @@ def test_ratios_are_those_of_bytes_times_efficiency() -> None:
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[:4] == ["qwen3-0.6b / nemotron-flash-1b", "1.91", "0.80", "0.67"]
     assert cells[5].startswith("1.20 ")
+
+
+def test_the_paper_is_held_against_the_floor_of_its_own_card() -> None:
+    here = {"tpot_ms": 0.6, "floor_ms": 0.4, "bandwidth": {"read": 4.725e12}}
+    (line,) = decode_picture.of_blocks({"qwen3-0.6b": here})
+    assert [cell.strip() for cell in line.split("|")][2:] == ["0.600", "3.363", "98.7", "0.400", "0.600", "7.1"]
+
+
+def test_errors_of_prompts_stand_beside_those_of_the_reference() -> None:
+    measured = [{"length": 512, "ms": 28.7}]
+    errors = {"reference": 0.099, "fp32": {"logits": [0.053, 0.052], "states": [0.083, 0.081]}}
+    rows = {"deep": {"measured": measured, "errors": errors}, "unfit": {"measured": [], "errors": None}}
+    assert list(decode_picture.of_prompts(rows)) == [
+        "deep | 28.70 | - | - | - | 0.099 | logits 0.053 (0.052), states 0.083 (0.081)",
+        "unfit | - | - | - | - | - | -",
+    ]
