@@ -78,8 +78,13 @@ class Record:
         return name in self.found.get(part, {})
 
     def add(self, part: str, name: str, row: dict[str, Any]) -> None:
-        """Write a row; the card that it is of stands in it, as a file may be filled on several of a kind."""
-        self.found.setdefault(part, {})[name] = {"gpu_hash": self.gpu, **row}
+        """Write a row; the card that it is of stands in it, as a file may be filled on several of a kind.
+
+        Rows stand in the usual order, whichever was measured first.
+        """
+        rows = {**self.found.get(part, {}), name: {"gpu_hash": self.gpu, **row}}
+        order = dict.fromkeys([*PARTS[part][1], *rows])
+        self.found[part] = {one: rows[one] for one in order if one in rows}
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(self.found, indent=1, allow_nan=False))
         new.replace(self.path)

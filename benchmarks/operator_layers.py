@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     import torch
 
 BATCH, LENGTH = 16, 1024
+
+WARM_S = 0.1
+"""Seconds of steps before those that are measured."""
+
+MEASURED = 3
+"""Times as many steps are measured."""
 
 
 def ours(kind: str, hidden: int) -> torch.nn.Module:
@@ -101,13 +108,19 @@ def wake_autograd() -> None:
     (2 * torch.zeros(1, device="cuda", requires_grad=True)).sum().backward()
 
 
-def timed(run: Callable[[], Any], repeats: int = 20) -> float:
-    """Median milliseconds of ``run``, by device events."""
+def timed(run: Callable[[], Any]) -> float:
+    """Median milliseconds of ``run``, by device events.
+
+    Many of them: where the host limits them, a few are at the mercy of what the machine does beside.
+    """
     import torch
 
-    for _ in range(3):
+    start, repeats = time.perf_counter(), 0
+    while repeats < 3 or time.perf_counter() - start < WARM_S:
         run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        torch.cuda.synchronize()
+        repeats += 1
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(max(20, MEASURED * repeats) + 1)]
     marks[0].record()
     for mark in marks[1:]:
         run()

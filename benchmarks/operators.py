@@ -10,7 +10,8 @@ are measured one after the other. Each row also says how far output and gradient
 Kernels that both use run with the same shipped configurations; what else theirs use is tuned in full. Its
 Attention wants the package flash-attn: it is given the same kernels (FlashAttention-2) out of torch instead. Its Mamba
 and Mamba2 run in eval mode, since in training mode they want causal-conv1d's extension. The side ``full``
-tunes all kernels of ours at each width, which takes minutes, to show what the shipped configurations cost.
+tunes all kernels of ours at each width, which takes minutes, to show what the shipped configurations cost; what it
+chose is kept under ``--choices``, so that a later run takes the times alone.
 ``--startup`` times fresh processes, one a kind and all at once, to the end of their first step: with an empty
 cache, and again with what that left.
 """
@@ -56,14 +57,18 @@ Job = tuple[str, str, int]
 """Kind, side and width."""
 
 
-def compiled(kind: str, side: str, hidden: int) -> torch.nn.Module | None:
+def compiled(kind: str, side: str, hidden: int, choices: Path | None) -> torch.nn.Module | None:
     """The layer after its first step."""
     import torch
 
+    kept = None if side != "full" or choices is None else choices / f"{kind}-{hidden}.json"
     if side == "full":
         from archsearch.model import tuned
 
-        tuned.Choice.tuning, tuned.MANY = True, sys.maxsize
+        if kept is not None and kept.exists():  # what an earlier run chose, and nothing else
+            tuned.known_files = lambda: [kept]
+        else:
+            tuned.Choice.tuning, tuned.MANY = True, sys.maxsize
     wake_autograd()
     layer = theirs(kind, hidden) if side == "fla" else ours(kind, hidden)
     if layer is not None:
@@ -71,6 +76,8 @@ def compiled(kind: str, side: str, hidden: int) -> torch.nn.Module | None:
         layer.zero_grad()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+    if kept is not None and not kept.exists():
+        tuned.write(kept, tuned.chosen())
     return layer
 
 
@@ -88,7 +95,7 @@ def beside(kind: str, hidden: int) -> dict[str, Any]:
     return {"path": ours(kind, hidden).implementation, "flops": flops, **errors}
 
 
-def worker(job: Job, queue: Any, slots: Any, start: Any) -> None:
+def worker(job: Job, choices: Path | None, queue: Any, slots: Any, start: Any) -> None:
     """Compile one layer, and measure it when all processes are that far; a failure is a finding too."""
     kind, side, hidden = job
     row: dict[str, Any] = {}
@@ -96,7 +103,7 @@ def worker(job: Job, queue: Any, slots: Any, start: Any) -> None:
     try:
         with slots:  # no more than there are cores: all at once would not fit the GPU's memory
             begin = time.perf_counter()
-            layer = compiled(kind, side, hidden)
+            layer = compiled(kind, side, hidden, choices)
             row[f"{prefix}compile_s"] = time.perf_counter() - begin
             row |= beside(kind, hidden) if side == "ours" else {}
         queue.put((job, None))
@@ -162,7 +169,8 @@ def speed(args: argparse.Namespace, save: Callable[[Any], None]) -> None:
     queue, start, begin = context.Queue(), context.Event(), time.perf_counter()
     slots = context.Semaphore(len(os.sched_getaffinity(0)))
     jobs: list[Job] = list(itertools.product(args.kinds, args.sides, args.hidden))
-    running = {job: context.Process(target=worker, args=(job, queue, slots, start), daemon=True) for job in jobs}
+    shared = args.choices, queue, slots, start
+    running = {job: context.Process(target=worker, args=(job, *shared), daemon=True) for job in jobs}
     for process in running.values():
         process.start()
     rows = {(kind, hidden): {"kind": kind, "hidden": hidden} for kind in args.kinds for hidden in args.hidden}
@@ -221,6 +229,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(OPERATORS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "fla"], help="what to measure")
     parser.add_argument("--patience", type=float, default=1800, metavar="SECONDS", help="to wait for compilation")
+    parser.add_argument("--choices", type=Path, metavar="FOLDER", help="where the side full keeps what it chose")
     parser.add_argument("--startup", action="store_true", help="cold and warm start-up instead of speed")
     parser.add_argument("--startup-one", metavar="KIND", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)

@@ -1,6 +1,6 @@
 """Search algorithms on a table: how much of the true front they find in how many evaluations.
 
-    python benchmarks/search.py (--table TABLE.csv --objectives a,b | --formula NAME)
+    python benchmarks/search.py (--table TABLE.csv --objectives a,b [--genes 'layer*'] [--nearest] | --formula NAME)
         [--algorithms aging,nsga2,tpe,gp,random] [--evaluations 500] [--seeds 20] [--jobs 1] [--cheap b]
         [--ablation] [--curves FILE...] [--merge RECORD...] [--json PATH] [--png PATH]
 
@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import numpy as np
 
 from archsearch.config import RunConfig
 from archsearch.errors import ArchsearchError, ConfigError
@@ -34,13 +32,12 @@ from archsearch.search.aging import AgingEvolutionSampler
 from archsearch.search.executors import InlineExecutor
 from archsearch.search.loop import Search
 from benchmarks.asks import TimedLedger
+from benchmarks.comparison import draw, merged, new_record, reference, show, summarize
 from benchmarks.curves import Curves
 from benchmarks.formulas import FORMULAS
 from benchmarks.tables import NAMES, Problem, ProblemEvaluator, coverage, load_table
 
 ALGORITHMS = ("aging", "nsga2", "tpe", "gp", "random")
-MARKS = (100, 200, 500)
-GOAL = 0.95
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no surrogate": {"surrogate": False},
@@ -64,16 +61,19 @@ class Task:
     objectives: tuple[str, ...]
     genes: tuple[str, ...] = ()
     formula: str | None = None
+    nearest: bool = False
 
     @property
     def name(self) -> str:
         """Of the file or the formula."""
-        return self.formula or Path(str(self.table)).name
+        return self.formula or Path(str(self.table)).name + (", nearest rows" if self.nearest else "")
 
     @property
     def problem(self) -> Problem:
         """Raises ConfigError as ``load_table`` does."""
-        return FORMULAS[self.formula] if self.formula else load_table(str(self.table), self.objectives, self.genes)
+        if self.formula:
+            return FORMULAS[self.formula]
+        return load_table(str(self.table), self.objectives, self.genes, self.nearest)
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class Job:
             search._sampler_for = lambda count, refused: variant
         if (summary := search.run()).reason not in ("finished", "exhausted"):
             raise RuntimeError(summary.message)  # a curve that a signal cut short is no result
+        if not evaluator.points:
+            raise ConfigError(f"{self.label}, seed {self.seed}: {summary.message}", "search a more complete table")
         return coverage(problem, evaluator.points), 1e3 * statistics.median(ledger.seconds)
 
     def _config(self, problem: Problem) -> RunConfig:
@@ -130,95 +132,11 @@ class Job:
         return AgingEvolutionSampler(problem.space, seed=self.seed, objectives=objectives, cheap=cheap, **settings)
 
 
-def summarize(label: str, searches: Sequence[dict[str, Any]], evaluations: int) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds; a search that ended early keeps its last value."""
-    curves = [search["curve"] for search in searches]
-    padded = np.array([curve + curve[-1:] * (evaluations - len(curve)) for curve in curves])
-    spread = padded.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(evaluations)
-    needed = [next((i for i, value in enumerate(curve, 1) if value >= GOAL), None) for curve in curves]
-    reached = [count for count in needed if count is not None]
-    return {
-        "algorithm": label,
-        "seeds": len(curves),
-        "evaluations": evaluations,
-        "at": {str(m): [float(padded[:, m - 1].mean()), float(spread[m - 1])] for m in MARKS if m <= evaluations},
-        "evaluations_to_0.95": {"median": statistics.median(reached) if reached else None, "reached": len(reached)},
-        "ask_ms": round(statistics.median(search["ask_ms"] for search in searches), 2),
-        **{name: ", ".join(sorted({search[name] for search in searches})) for name in ("python", "numpy")},
-        "mean": padded.mean(axis=0).round(5).tolist(),
-        "sd": spread.round(5).tolist(),
-    }
-
-
-def show(result: dict[str, Any], reference: dict[str, Any] | None) -> None:
-    """One line: values at the marks and, beside ``reference``, how many standard errors that one is ahead."""
-    cells = []
-    for mark, (mean, sd) in result["at"].items():
-        cell = f"@{mark} {mean:.4f}±{sd:.4f}"
-        if reference not in (None, result) and mark in reference["at"]:
-            other, spread = reference["at"][mark]
-            error = np.sqrt(sd**2 / result["seeds"] + spread**2 / reference["seeds"])
-            cell += f" ({(other - mean) / error:+.1f} se)" if error > 0 else ""
-        cells.append(cell)
-    goal = result["evaluations_to_0.95"]
-    tail = f"to {GOAL}: {goal['median']} ({goal['reached']}/{result['seeds']})  ask {result['ask_ms']:.1f} ms"
-    print(f"{result['algorithm']:18s} {'  '.join(cells)}  {tail}", flush=True)
-
-
-def draw(results: Iterable[dict[str, Any]], title: str, path: Path) -> None:
-    """Curves with a band of one standard deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for result in results:
-        mean, sd = np.array(result["mean"]), np.array(result["sd"])
-        steps = np.arange(1, len(mean) + 1)
-        (line,) = axes.plot(steps, mean, label=result["algorithm"])
-        axes.fill_between(steps, mean - sd, np.minimum(mean + sd, 1), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(title=title, xlabel="distinct architectures evaluated", ylabel="hypervolume / that of the true front")
-    axes.set_ylim(0.8, 1.002)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=100)
-
-
-# Records
-
-
-def new_record(task: Task) -> dict[str, Any]:
-    """A record without results. Two records may be joined where all of this is equal."""
-    versions = {name: version(name) for name in ("optuna", "scikit-learn")}
-    return {"schema_version": 2, "problem": task.name, "objectives": list(task.objectives), "versions": versions}
-
-
-def merged(task: Task, paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results of other records of the same task and package versions; a later one replaces an earlier one.
-
-    Raises:
-        ConfigError: a file is no such record.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        try:
-            data = json.loads(path.read_text())
-            results = {result["algorithm"]: result for result in data.pop("results")}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{path} is no record of this script", "give files that --json wrote") from None
-        if differing := [key for key, value in new_record(task).items() if data.get(key) != value]:
-            raise ConfigError(f"{path} differs in {', '.join(differing)}", "join records of equal runs only")
-        found |= results
-    return list(found.values())
-
-
 # The command line
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All algorithms, one after the other; the record is written after each."""
-    task = make_task(options)
     labels = list(VARIANTS) if options.ablation else [name for name in options.algorithms.split(",") if name]
     cheap = tuple(options.cheap.split(",")) if options.cheap else ()
     if unknown := [name for name in labels if name not in (*ALGORITHMS, *VARIANTS)]:
@@ -229,17 +147,26 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if min(options.evaluations, options.seeds, options.jobs) < 1:
         raise ConfigError("evaluations, seeds and jobs must be at least 1", "give positive numbers")
     labels += [f"aging, {options.cheap} known"] if cheap else []
-    done = merged(task, options.merge)
+    for path in filter(None, (options.json, options.png, *options.curves[:1])):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path.parent} is no folder", "make it, or write elsewhere")
+    record = new_record(task.name, task.objectives)
+    done = merged(record, options.merge)
     for result in done:
-        show(result, _reference(done))
+        show(result, reference(done))
     curves = Curves(options.curves)
     for label, searches in _searches(task, labels, options, curves):
         result = summarize(label, searches, options.evaluations)
-        show(result, _reference(done))
+        show(result, reference(done))
         done = [other for other in done if other["algorithm"] != label] + [result]
-        if options.json:
-            write_atomic(options.json, json.dumps(new_record(task) | {"results": done}) + "\n")
+        _write(options.json, record | {"results": done})
+    _write(options.json, record | {"results": done})
     return done
+
+
+def _write(path: Path | None, record: dict[str, Any]) -> None:
+    if path:
+        write_atomic(path, json.dumps(record) + "\n")
 
 
 def _searches(
@@ -254,14 +181,18 @@ def _searches(
         ]
         for label in labels
     }
-    with ProcessPoolExecutor(options.jobs) as workers:
-        missing = [job for each in jobs.values() for job in each if curves.get(job.key, job.evaluations) is None]
-        waiting = {workers.submit(job.run): job for job in missing}
-        for future in as_completed(waiting):
-            job = waiting[future]
-            curves.add(job.key, job.evaluations, *future.result())
-            yield from _complete(jobs, curves)
-        yield from _complete(jobs, curves)
+    missing = [job for each in jobs.values() for job in each if curves.get(job.key, job.evaluations) is None]
+    with ProcessPoolExecutor(options.jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        waiting = {pool.submit(job.run): job for job in missing}
+        try:
+            for count, future in enumerate(as_completed(waiting), 1):
+                curves.add(waiting[future].key, waiting[future].evaluations, *future.result())
+                if sys.stderr.isatty():
+                    print(f"{count} of {len(missing)} searches", end="\r", file=sys.stderr, flush=True)
+                yield from _complete(jobs, curves)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    yield from _complete(jobs, curves)
 
 
 def _complete(jobs: dict[str, list[Job]], curves: Curves) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -273,11 +204,6 @@ def _complete(jobs: dict[str, list[Job]], curves: Curves) -> Iterator[tuple[str,
             yield label, known
 
 
-def _reference(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the others are compared with: ageing evolution with its default settings."""
-    return next((result for result in results if result["algorithm"] in ("aging", "default")), None)
-
-
 def make_task(options: argparse.Namespace) -> Task:
     """What to search. Raises ConfigError where it cannot be read."""
     if bool(options.table) == bool(options.formula):
@@ -286,8 +212,9 @@ def make_task(options: argparse.Namespace) -> Task:
         raise ConfigError("--table needs --objectives", "name the columns to be minimised")
     genes = tuple(options.genes.split(",")) if options.genes else ()
     objectives = tuple(options.objectives.split(",")) if options.table else NAMES[:2]
-    task = Task(options.table, objectives, genes, options.formula)
-    assert task.problem is not None  # a table is read here, so that its errors come before any work
+    task = Task(options.table, objectives, genes, options.formula, options.nearest)
+    genome = task.problem.space.genes  # a table is read here, so that its errors come before any work
+    print(f"{task.name}: {len(genome)} genes ({', '.join(genome)})", file=sys.stderr)
     return task
 
 
@@ -298,6 +225,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--formula", choices=sorted(FORMULAS), help="an invented 26-gene space instead of a table")
     parser.add_argument("--objectives", default="", help="columns, all minimised, separated by commas")
     parser.add_argument("--genes", default="", help="gene columns or patterns; default: the first columns")
+    parser.add_argument("--nearest", action="store_true", help="for a table that holds few of its genes' combinations")
     parser.add_argument(
         "--algorithms", default=",".join(ALGORITHMS), help="or variants of --ablation; empty: join records only"
     )
@@ -321,14 +249,15 @@ def main() -> int:
     """Run, print, write."""
     options = parse()
     try:
-        results = run(options)
-        if options.json:
-            write_atomic(options.json, json.dumps(new_record(make_task(options)) | {"results": results}) + "\n")
+        task = make_task(options)
+        results = run(task, options)
     except ArchsearchError as error:
         print(f"error: {error.cause}\nremedy: {error.remedy}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where --curves keeps what has finished", file=sys.stderr)
+        return 130
     if options.png:
-        task = make_task(options)
         draw(results, f"{task.name}: {', '.join(task.objectives)}", options.png)
     return 0
 

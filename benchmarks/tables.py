@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,20 +20,43 @@ from archsearch.space import Choice, SearchSpace
 
 NAMES = ("loss", "decode_latency", "parameters")  # what the loop calls a problem's objectives, in their order
 MOST_CHOICES = 64
+SPARSE = 1 / 50  # a search ends when nothing new was found 100 times in a row
 
 
 @dataclass(frozen=True)
 class Table:
-    """Architectures with known objectives; ``values`` is (rows, objectives), as in the file."""
+    """Architectures with known objectives; ``values`` is (rows, objectives), as in the file.
+
+    With ``nearest`` a combination of genes that is no row stands for the first row that differs in fewest genes.
+    """
 
     genes: dict[str, tuple[Choice, ...]]
     rows: dict[tuple[Choice, ...], int]
     values: np.ndarray
+    nearest: bool = False
 
     @cached_property
     def space(self) -> TableSpace:
         """The rows as a search space."""
         return TableSpace.of(self)
+
+    def find(self, key: tuple[Choice, ...]) -> int | None:
+        """The row of these genes."""
+        row = self.rows.get(key)
+        if row is not None or not self.nearest:
+            return row
+        codes = np.array([place[choice] for place, choice in zip(self._places, key, strict=True)], dtype=np.uint16)
+        return int((self._codes != codes).sum(axis=1, dtype=np.uint16).argmin())
+
+    @cached_property
+    def _places(self) -> list[dict[Choice, int]]:
+        return [{choice: place for place, choice in enumerate(choices)} for choices in self.genes.values()]
+
+    @cached_property
+    def _codes(self) -> np.ndarray:
+        """Genes of the rows as the places of their choices, (rows, genes)."""
+        rows = [[place[choice] for place, choice in zip(self._places, key, strict=True)] for key in self.rows]
+        return np.array(rows, dtype=np.uint16)
 
     def objectives(self, architecture: Architecture) -> tuple[float, ...]:
         """What the row that ``architecture`` stands for holds."""
@@ -60,12 +84,13 @@ class Table:
 
 
 @lru_cache(maxsize=1)
-def load_table(path: str, objectives: tuple[str, ...], patterns: tuple[str, ...] = ()) -> Table:
+def load_table(path: str, objectives: tuple[str, ...], patterns: tuple[str, ...] = (), nearest: bool = False) -> Table:
     """Read a CSV file (also compressed) of gene and objective columns.
 
     Raises:
         ConfigError: unreadable, columns missing, values missing or not finite, an objective that is
-            constant or no number, or two rows with the same genes.
+            constant or no number, two rows with the same genes, or so few of all combinations of the genes
+            that a search would hardly meet one (unless ``nearest``, see ``Table``).
     """
     try:
         frame = pd.read_csv(path)
@@ -75,15 +100,21 @@ def load_table(path: str, objectives: tuple[str, ...], patterns: tuple[str, ...]
         ) from None
     _check_objectives(path, frame, objectives)
     names = _gene_columns(path, frame, objectives, patterns)
-    if frame[names].isna().any(axis=None):
-        raise ConfigError(f"{path}: a gene is missing in some rows", "fill the column or drop these rows")
+    if (missing := frame[names].isna().sum()).any():
+        cause = f"{path}: gene is missing in some rows: {missing.idxmax()} in {missing.max()}"
+        raise ConfigError(cause, "fill the column or drop these rows")
     keys = [tuple(row) for row in frame[names].to_numpy(dtype=object).tolist()]
-    if len(set(keys)) < len(keys):
+    if repeats := len(keys) - len(set(keys)):
         remedy = "keep one row an architecture, or name all gene columns with --genes"
-        raise ConfigError(f"{path}: rows share all of the genes {', '.join(names)}", remedy)
+        shown = ", ".join(names if len(names) < 6 else [*names[:2], "...", names[-1]])
+        raise ConfigError(f"{path}: {repeats} rows share all of the genes ({shown}) with another", remedy)
     genes = {name: tuple(sorted({key[i] for key in keys}, key=_order)) for i, name in enumerate(names)}
+    combinations = math.prod(map(len, genes.values()))
+    if len(keys) < SPARSE * combinations and not nearest:
+        cause = f"{path} holds {len(keys):,} of {combinations:.3g} combinations of its {len(genes)} genes"
+        raise ConfigError(cause, "give a complete table, or --nearest: what is no row stands for the nearest one")
     values = frame[list(objectives)].to_numpy(dtype=np.float64)
-    return Table(genes, {key: row for row, key in enumerate(keys)}, values)
+    return Table(genes, {key: row for row, key in enumerate(keys)}, values, nearest)
 
 
 def _order(choice: Any) -> tuple[bool, Any]:
@@ -93,12 +124,16 @@ def _order(choice: Any) -> tuple[bool, Any]:
 def _check_objectives(path: str, frame: pd.DataFrame, objectives: tuple[str, ...]) -> None:
     if not 1 <= len(objectives) <= len(NAMES) or len(set(objectives)) < len(objectives):
         raise ConfigError(f"{len(objectives)} objectives, one perhaps twice", "name one to three different columns")
+    if frame.empty:
+        raise ConfigError(f"{path} has no rows", "give a row for each architecture")
     for name in objectives:
         if name not in frame:
             raise ConfigError(f"{path} has no column {name!r}", f"choose among {', '.join(map(str, frame.columns))}")
         column = frame[name]
-        if not pd.api.types.is_numeric_dtype(column) or not np.isfinite(column.to_numpy(dtype=np.float64)).all():
-            raise ConfigError(f"{path}: {name} holds what is no finite number", "drop or mend these rows")
+        bad = ~np.isfinite(pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64))
+        if bad.any():
+            where = f"in {bad.sum()} of {len(bad)} rows, first in row {int(bad.argmax()) + 1}"
+            raise ConfigError(f"{path}: {name} holds what is no finite number {where}", "drop or mend these rows")
         if column.nunique() < 2:
             raise ConfigError(f"{path}: {name} is constant", "leave it out of --objectives")
 
@@ -112,7 +147,9 @@ def _gene_columns(path: str, frame: pd.DataFrame, objectives: Sequence[str], pat
         genes = [c not in objectives and frame[c].nunique() <= MOST_CHOICES for c in columns]
         found = columns[: genes.index(False) if False in genes else len(columns)]
     if not found or set(found) & set(objectives):
-        raise ConfigError(f"{path}: no gene columns found", "put them first, or name them with --genes 'layer*'")
+        what = "--genes names no column" if patterns else f"the first, {columns[0]!r}, is an objective or too varied"
+        what = "--genes names an objective, too" if found else what
+        raise ConfigError(f"{path}: no gene columns found: {what}", "put them first, or name them: --genes 'layer*'")
     return found
 
 
@@ -136,7 +173,7 @@ class TableSpace(SearchSpace):
 
     def build(self, genome: Mapping[str, Choice]) -> Architecture:
         """The architecture that stands for a row. Raises InvalidArchitecture where the table has none."""
-        row = self._table.rows.get(tuple(genome[name] for name in self.genes))
+        row = self._table.find(tuple(genome[name] for name in self.genes))
         if row is None:
             raise InvalidArchitecture("the table has no such row", "search a complete table")
         return _stand_in(row)

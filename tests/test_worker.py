@@ -206,7 +206,7 @@ def test_steps_that_disagree_with_the_forward_pass_are_an_invalid_measurement(mo
     forbid(monkeypatch, "_train")
     found = evaluate(config_of())
     assert found.outcome is Outcome.INVALID_MEASUREMENT
-    assert "other logits than the forward pass" in found.error
+    assert "other logits than the reference" in found.error
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,15 @@ from archsearch.latency.timing import (
     undisturbed,
     warm_up,
 )
-from archsearch.latency.validity import CHECKED_TOKENS, Disturbed, check_depth, check_end, check_position, check_runtime
+from archsearch.latency.validity import (
+    CHECKED_TOKENS,
+    Disturbed,
+    Errors,
+    check_depth,
+    check_end,
+    check_position,
+    check_runtime,
+)
 from archsearch.latency.watch import ATTEMPTS, Watch
 from archsearch.model.hybrid import HybridLM, build_model
 
@@ -81,16 +89,16 @@ def measure_decode(
         held = _allocated(device) - sum(p.nbytes for p in model.parameters()) if model else _allocated(device)
         model = build_model(architecture, 0, device, dtype) if model is None else model
         runtime = make_runtime(model, config.batch, config.tokens)
-        error = check_runtime(runtime, model, config.batch, config.tokens)
+        errors = [check_runtime(runtime, model, config.batch, config.tokens)]
         if device.type == "cuda":
-            error = max(error, check_depth(runtime, model, config.tokens))
+            errors.append(check_depth(runtime, model, config.tokens))
         del model  # what the caller does not hold is no part of the peak memory
         prepared = time.perf_counter() - begin
         with exclusive(device, on_wait) as waited:
             timed = _until_undisturbed(runtime, config, device, full)
             timed.peak -= held
         check_end(runtime)
-    return _result(architecture, config, runtime, timed, error, prepared, waited)
+    return _result(architecture, config, runtime, timed, errors, prepared, waited)
 
 
 @dataclass(slots=True)
@@ -158,7 +166,7 @@ def _result(
     config: LatencyConfig,
     runtime: Runtime,
     timed: _Timed,
-    error: float,
+    errors: list[Errors],
     prepared: float,
     waited: float,
 ) -> DecodeLatency:
@@ -185,7 +193,8 @@ def _result(
         dtype=str(runtime.logits.dtype).removeprefix("torch."),
         path=runtime.path,
         threads=torch.get_num_threads(),
-        logits_error=error,
+        logits_error=max(one.reference for one in errors),
+        logits_fp32=max((one.fp32["logits"] for one in errors if one.fp32), default=None),
         weight_bytes=architecture.weight_bytes(width),
         state_bytes=architecture.state_bytes(config.tokens, batch=config.batch, width=width),
         step_bytes=architecture.step_bytes(config.tokens // 2, batch=config.batch, width=width),

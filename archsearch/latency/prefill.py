@@ -15,7 +15,7 @@ import torch
 from archsearch.architecture import Architecture
 from archsearch.errors import EnvironmentUnfit, InvalidArchitecture
 from archsearch.latency.device import free_memory
-from archsearch.latency.validity import InvalidMeasurement, PrefillErrors, check_prefill
+from archsearch.latency.validity import Errors, InvalidMeasurement, check_prefill
 from archsearch.model.hybrid import DecodeState, HybridLM
 from archsearch.schema import Frozen
 
@@ -60,7 +60,7 @@ class PrefillTimes(Frozen):
     measured: tuple[Prefill, ...]
     omitted: dict[int, str]
     paths: dict[str, str]
-    errors: PrefillErrors | None
+    errors: Errors | None
 
 
 def implementation(device: torch.device) -> str:
@@ -87,7 +87,7 @@ def measure_prefill(model: HybridLM, batch: int, lengths: tuple[int, ...] | None
         model.use("torch")
 
 
-def _checked(model: HybridLM, path: str) -> PrefillErrors:
+def _checked(model: HybridLM, path: str) -> Errors:
     """Errors of the libraries' kernels; what had to be tuned for it is kept for the next process.
 
     Raises:

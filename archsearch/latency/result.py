@@ -40,6 +40,8 @@ class DecodeLatency(Frozen):
         samples: the timed blocks (a step on a CPU, groups of steps on a GPU).
         interrupted: share of the timed steps during which another process had the core (CPU, one thread).
         logits_error: largest relative error of the steps' logits against the forward pass.
+        logits_fp32: where that was beyond the bound of bf16, the error of the steps and of the forward pass, each
+            against fp32, which decided.
         step_bytes: bytes that a step must move when half of the tokens are decoded.
         peak_bytes: largest memory of this process on the GPU while it decoded; absent on a CPU.
         kernels: launches of one operator of each kind, and of ``head``; empty where nobody counts them.
@@ -69,6 +71,7 @@ class DecodeLatency(Frozen):
     path: str
     threads: int
     logits_error: float
+    logits_fp32: tuple[float, float] | None = None
     weight_bytes: int
     state_bytes: int
     step_bytes: int

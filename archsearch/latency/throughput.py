@@ -98,7 +98,7 @@ def _limit(model: HybridLM, batch: int, context: int, largest: int, found: list[
 def _measure(model: HybridLM, batch: int, context: int, bandwidth: Bandwidth) -> BatchSpeed:
     architecture, width = model.architecture, model.embed_tokens.weight.element_size()
     runtime = make_runtime(model, batch, context + ROOM)
-    error = check_runtime(runtime, model, batch, context + ROOM)
+    errors = check_runtime(runtime, model, batch, context + ROOM)
     first = time_steps(runtime, context, 1).seconds[0]
     steps = STEPS if runtime.token.is_cuda else max(1, min(STEPS, int(CPU_SECONDS / RUNS / first)))
     time_steps(runtime, context, steps)
@@ -112,5 +112,5 @@ def _measure(model: HybridLM, batch: int, context: int, bandwidth: Bandwidth) ->
         tokens_per_second=batch / seconds,
         state_bytes=architecture.state_bytes(context + ROOM, batch=batch, width=width),
         floor_fraction=floor / seconds,
-        logits_error=error,
+        logits_error=errors.reference,
     )

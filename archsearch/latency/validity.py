@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from archsearch.errors import ArchsearchError
 from archsearch.latency.runtime import Runtime
-from archsearch.model.hybrid import HybridLM, build_model
+from archsearch.model.hybrid import DecodeState, HybridLM, build_model
 from archsearch.schema import Frozen
 
 CHECKED_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest relative error ‖step - forward‖ / ‖forward‖ of the logits; bf16 rounds each of dozens of layers."""
 ROUNDING = 1.5
-"""How far a prefill through kernels may be from fp32, where plain torch in the model's own type is 1 away: two
-implementations round in different places."""
+"""Where two implementations differ by more, how far the kernels' may be from the same weights in fp32, plain torch in
+the model's own type being 1 away: both round each layer, in different places, and what differs grows with depth."""
+REPORT = "report this with the architecture: one of the two is wrong"
+Outputs = dict[str, list[Tensor]]
+"""What two implementations are compared in, under the name of its kind: logits, states."""
 
 
 class InvalidMeasurement(ArchsearchError):
@@ -29,14 +34,24 @@ class Disturbed(InvalidMeasurement):
     """The device was not left alone: measuring again may help."""
 
 
-def check_runtime(runtime: Runtime, model: HybridLM, batch: int, tokens: int) -> float:
+class Errors(Frozen):
+    """What kernels were accepted with: the largest relative errors, of the logits and, after a prefill, of the states.
+
+    Attributes:
+        reference: against plain torch in the model's own type.
+        fp32: of the kernels and of that reference, each against plain torch in fp32, under the name of what was
+            compared; absent where the first comparison was enough.
+    """
+
+    reference: float
+    fp32: dict[str, tuple[float, float]] | None = None
+
+
+def check_runtime(runtime: Runtime, model: HybridLM, batch: int, tokens: int) -> Errors:
     """Feed random tokens through the very steps that will be timed and compare with the model's forward.
 
     Each step must give the forward's logits, feed its own argmax back and count one token. That also
     catches a graph that reads a stale buffer, where greedy tokens of random weights may rightly repeat.
-
-    Returns:
-        The largest relative error of the logits.
 
     Raises:
         InvalidMeasurement: any of these fails.
@@ -45,113 +60,110 @@ def check_runtime(runtime: Runtime, model: HybridLM, batch: int, tokens: int) ->
     vocabulary, length = model.architecture.vocab_size, min(CHECKED_TOKENS, tokens)
     fed = torch.randint(vocabulary, (batch, length), generator=generator).to(runtime.token.device)
     rows = sorted({0, batch - 1})
-    expected = model(fed[rows])
     runtime.begin()
-    errors = []
+    found = []
     for index in range(length):
         runtime.feed(fed[:, index])
         runtime.step()
-        errors.append(_error(runtime.logits[rows], expected[:, index]))
+        found.append(runtime.logits[rows])
         _check_moved_on(runtime, index + 1)
-    return _worst(errors, runtime)
+
+    def forward(model: HybridLM) -> Outputs:
+        return {"logits": list(model(fed[rows]).unbind(1))}
+
+    return _accepted(f"decode steps ({runtime.path}) give", {"logits": found}, forward, model)
 
 
-def _worst(errors: list[float], runtime: Runtime) -> float:
-    worst = float(np.max(errors))  # unlike Python's max, NaN wins
-    if not worst <= TOLERANCE[runtime.logits.dtype]:
-        raise InvalidMeasurement(
-            f"decode steps ({runtime.path}) give other logits than the forward pass: relative error {worst:.2g}",
-            "report this with the architecture: one of the two is wrong",
-        )
-    return worst
-
-
-def check_depth(runtime: Runtime, model: HybridLM, tokens: int) -> float:
+def check_depth(runtime: Runtime, model: HybridLM, tokens: int) -> Errors:
     """Compare one step deep in the cache with the model's own, from the same state of random numbers.
 
-    The forward pass of ``check_runtime`` is short; this is where the cache is split among many programs.
-
-    Returns:
-        The largest relative error of the logits, over all sequences, in the middle and at the last position.
+    The forward pass of ``check_runtime`` is short; this is where the cache is split among many programs: in its
+    middle and at the last position, all sequences alike.
 
     Raises:
         InvalidMeasurement: the two do not agree.
     """
+    drawn, token = _draw(model, tokens)
+    depths = sorted({tokens // 2, tokens - 1})
+    found = []
+    for depth in depths:
+        drawn.position.fill_(depth + model.n_meta)
+        runtime.load(drawn, token.expand(len(runtime.token)))
+        runtime.step()
+        found.append(runtime.logits.clone())
+        _check_moved_on(runtime, depth + 1)
+
+    def step(model: HybridLM) -> Outputs:
+        logits = []
+        for depth in depths:
+            state = model.allocate_state(1, tokens)
+            state.position.fill_(depth + model.n_meta)
+            for buffers, random in zip(state.layers, drawn.layers, strict=True):
+                for name, buffer in buffers.items():
+                    buffer.copy_(random[name])
+            logits.append(model.step(token, state))
+        return {"logits": logits}
+
+    return _accepted(f"decode steps ({runtime.path}) give", {"logits": found}, step, model)
+
+
+def _draw(model: HybridLM, tokens: int) -> tuple[DecodeState, Tensor]:
+    """A state of random numbers and a random token."""
     weight = model.embed_tokens.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     state = model.allocate_state(1, tokens)
     for layer in state.layers:
         for buffer in layer.values():
             buffer.normal_(generator=generator)
-    errors = []
-    for depth in sorted({tokens // 2, tokens - 1}):
-        state.position.fill_(depth + model.n_meta)
-        token = torch.randint(len(weight), (1,), device=weight.device, generator=generator)
-        runtime.load(state, token.expand(len(runtime.token)))
-        runtime.step()
-        errors.append(_error(runtime.logits, model.step(token, state)))
-        _check_moved_on(runtime, depth + 1)
-    return _worst(errors, runtime)
+    return state, torch.randint(len(weight), (1,), device=weight.device, generator=generator)
 
 
-class PrefillErrors(Frozen):
-    """What a prefill through kernels is off by: the largest relative error of the logits and of each state buffer.
-
-    Attributes:
-        reference: against the plain-torch reference in the model's own type.
-        fp32: of the kernels and of the reference, each against the reference in fp32, logits and states apart; absent
-            where the first comparison was enough.
-    """
-
-    reference: float
-    fp32: dict[str, tuple[float, float]] | None = None
-
-
-def check_prefill(model: HybridLM, path: str, length: int) -> PrefillErrors:
+def check_prefill(model: HybridLM, path: str, length: int) -> Errors:
     """Compare a prompt through the implementation ``path`` with the plain-torch reference.
 
-    Both round each layer, so in deep models they may differ by more than ``TOLERANCE`` though neither is wrong. The
-    same weights in fp32 decide then: the kernels may be ``ROUNDING`` times as far from those as the reference is.
-
     Raises:
-        InvalidMeasurement: the two do not agree, and rounding does not explain it.
+        InvalidMeasurement: the two do not agree.
     """
     weight = model.embed_tokens.weight
     tokens = torch.randint(len(weight), (1, length), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    reference, found = (_prefilled(model.use(one), tokens) for one in ("torch", path))
-    errors, bound = _apart(found, reference), TOLERANCE[weight.dtype]
-    checked = PrefillErrors(reference=float(np.max(list(errors.values()))))
+
+    def prefilled(model: HybridLM) -> Outputs:
+        state = model.allocate_state(1, length)
+        logits = model.prefill(tokens, state)
+        return {"logits": [logits], "states": [buffer.flatten() for layer in state.layers for buffer in layer.values()]}
+
+    found = prefilled(model.use(path))
+    return _accepted(f"prefill ({path}) gives", found, prefilled, model.use("torch"))
+
+
+def _accepted(what: str, found: Outputs, reference: Callable[[HybridLM], Outputs], model: HybridLM) -> Errors:
+    """Hold what kernels gave against ``reference`` of the model; where that is not enough, of the model in fp32.
+
+    Raises:
+        InvalidMeasurement: the kernels are further from fp32 than rounding explains.
+    """
+    dtype, plain = model.embed_tokens.weight.dtype, reference(model)
     # a state holds what the layers before it rounded, and no final norm and head smooth it
-    if errors["logits"] <= bound and errors["states"] <= 2 * bound:
-        return checked
-    cause = f"prefill ({path}) gives other logits or states than the reference: relative error {checked.reference:.2g}"
-    cause += f", of the logits {errors['logits']:.2g}"
-    if weight.dtype == torch.float32:
-        raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
+    bounds = {"logits": TOLERANCE[dtype], "states": 2 * TOLERANCE[dtype]}
+    errors = {name: _largest(found[name], plain[name]) for name in found}
+    worst = float(np.max(list(errors.values())))  # unlike Python's max, NaN wins
+    if all(error <= bounds[name] for name, error in errors.items()):
+        return Errors(reference=worst)
+    told = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+    cause = f"{what} other {' or '.join(errors)} than the reference: relative error of {told}"
+    if dtype == torch.float32:
+        raise InvalidMeasurement(cause, REPORT)
     try:
-        exact = _prefilled(_in_fp32(model), tokens)
+        exact = reference(_in_fp32(model))
     except torch.OutOfMemoryError:
-        remedy = "free memory for the weights in fp32: they tell rounding from a fault"
-        raise InvalidMeasurement(cause, remedy) from None
-    ours, theirs = _apart(found, exact), _apart(reference, exact)
-    if not all(ours[name] <= ROUNDING * theirs[name] for name in ours):
-        cause += f"; against fp32 {ours['logits']:.2g} (the reference {theirs['logits']:.2g})"
-        cause += f", states {ours['states']:.2g} ({theirs['states']:.2g})"
-        raise InvalidMeasurement(cause, "report this with the architecture: one of the two is wrong")
-    return checked.model_copy(update={"fp32": {name: (ours[name], theirs[name]) for name in ours}})
-
-
-def _prefilled(model: HybridLM, tokens: Tensor) -> list[Tensor]:
-    """Logits of a prompt, then all state buffers, flat."""
-    state = model.allocate_state(1, tokens.shape[1])
-    logits = model.prefill(tokens, state)
-    return [logits, *(buffer.flatten() for layer in state.layers for buffer in layer.values())]
-
-
-def _apart(found: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
-    """Relative error of the logits, and the largest of a state."""
-    logits, *states = [_error(*pair) for pair in zip(found, expected, strict=True)]
-    return {"logits": logits, "states": float(np.max(states))}  # unlike Python's max, NaN wins
+        raise InvalidMeasurement(
+            cause, "free memory for the weights in fp32: they tell rounding from a fault"
+        ) from None
+    fp32 = {name: (_largest(found[name], exact[name]), _largest(plain[name], exact[name])) for name in found}
+    if all(ours <= ROUNDING * theirs for ours, theirs in fp32.values()):
+        return Errors(reference=worst, fp32=fp32)
+    pairs = ", ".join(f"{name} {ours:.2g} (the reference {theirs:.2g})" for name, (ours, theirs) in fp32.items())
+    raise InvalidMeasurement(f"{cause}; off fp32 {pairs}", REPORT)
 
 
 def _in_fp32(model: HybridLM) -> HybridLM:
@@ -159,6 +171,10 @@ def _in_fp32(model: HybridLM) -> HybridLM:
     exact = build_model(model.architecture, 0, model.embed_tokens.weight.device, torch.float32)
     exact.load_state_dict(model.state_dict())
     return exact
+
+
+def _largest(found: list[Tensor], expected: list[Tensor]) -> float:
+    return float(np.max([_error(*pair) for pair in zip(found, expected, strict=True)]))
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

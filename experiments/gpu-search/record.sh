@@ -24,6 +24,6 @@ import json, pathlib, sys
 keys = "outcome", "objectives", "seconds", "paths", "device", "attempts"
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
     found = json.loads(path.read_text())
-    parameters = found["metrics"].get("parameters")
-    print(json.dumps({"trial": int(path.stem), "parameters": parameters} | {key: found[key] for key in keys}))
+    about = {key: found["metrics"].get(key) for key in ("notation", "parameters", "tokens_per_second")}
+    print(json.dumps({"trial": int(path.stem)} | about | {key: found[key] for key in keys}))
 PY

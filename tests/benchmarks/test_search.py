@@ -35,12 +35,16 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *wo
     [
         (HEAD, lambda row: row.replace("3,", ",", 1) if row.startswith("3,") else row, "gene is missing"),
         (HEAD, lambda row: row.rsplit(",", 1)[0] + ",7", "cost is constant"),
-        (HEAD, lambda row: row.rsplit(",", 1)[0] + (",nan" if row.startswith("0,0") else ",1"), "no finite number"),
+        (
+            HEAD,
+            lambda row: row.rsplit(",", 1)[0] + (",nan" if row.startswith("0,0") else ",1"),
+            "number in 1 of 16 rows, first in row 1",
+        ),
         (HEAD, lambda row: row.rsplit(",", 1)[0] + (",inf" if row.startswith("0,0") else ",1"), "no finite number"),
         (HEAD, lambda row: row.rsplit(",", 1)[0] + ",fast", "no finite number"),
-        (HEAD, lambda row: "1" + row[1:], "rows share all of the genes"),
+        (HEAD, lambda row: "1" + row[1:], "12 rows share all of the genes (g1, g2)"),
         ("g1,g2,error,price", lambda row: row, "no column 'cost'"),
-        ("error,cost,g1,g2", lambda row: row, "no gene columns"),
+        ("error,cost,g1,g2", lambda row: row, "no gene columns found: the first, 'error', is an objective"),
     ],
     ids=["missing gene", "constant", "nan", "infinite", "text", "twice", "no column", "no genes"],
 )
@@ -84,6 +88,41 @@ def test_rows_may_be_missing(tmp_path: Path) -> None:
         table.space.build({"g1": 1, "g2": 3})
     curve, _ = search.Job(search.Task(str(tmp_path / "table.csv"), ("error", "cost")), "aging", 0, 500).run()
     assert (len(curve), curve[-1]) == (7, pytest.approx(1.0))
+
+
+def test_a_table_of_few_combinations_needs_a_word(tmp_path, monkeypatch, capsys) -> None:
+    rng, genes = np.random.default_rng(0), [f"g{i}" for i in range(26)]
+    rows = [[*genome, sum(genome), 26 - sum(genome[:5])] for genome in rng.integers(0, 3, (200, 26)).tolist()]
+    path = write(tmp_path / "table.csv", *(",".join(map(str, row)) for row in rows), head=",".join([*genes, "a", "b"]))
+    words = ["--table", path, "--objectives", "a,b", "--algorithms", "aging,tpe", "--evaluations", 30, "--seeds", 1]
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert (code, out) == (3, "")
+    assert "holds 200 of 2.54e+12 combinations of its 26 genes" in err
+    code, out, _ = run(capsys, monkeypatch, *words, "--nearest")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()] == [["aging", "@30"], ["tpe", "@30"]]
+    assert "ended" not in out
+    table = load_table(path, ("a", "b"), (), True)
+    for row in (0, 7):
+        genome = [*rows[row][:25], (rows[row][25] + 1) % 3]
+        found = table.objectives(table.space.build(dict(zip(genes, genome, strict=True))))
+        assert found == tuple(rows[row][26:])
+
+
+def test_what_ended_early_says_so(tmp_path, monkeypatch, capsys) -> None:
+    words = ["--table", write(tmp_path / "table.csv", *ROWS), "--objectives", "error,cost", "--seeds", 1]
+    code, out, _ = run(capsys, monkeypatch, *words, "--algorithms", "aging", "--evaluations", 30)
+    assert code == 0
+    assert "@30 1.0000" in out
+    assert "a search ended after 16" in out
+
+
+def test_where_to_write_is_known_before_any_work(tmp_path, monkeypatch, capsys) -> None:
+    words = ["--table", write(tmp_path / "table.csv", *ROWS), "--objectives", "error,cost"]
+    for option in ("--json", "--png", "--curves"):
+        code, out, err = run(capsys, monkeypatch, *words, option, tmp_path / "absent" / "file")
+        assert (code, out) == (3, "")
+        assert "is no folder" in err
 
 
 def test_three_objectives(tmp_path: Path) -> None:

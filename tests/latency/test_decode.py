@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from archsearch.latency import decode
 from archsearch.latency.decode import DecodeLatency, measure_decode
 from archsearch.latency.device import DoesNotFit
 from archsearch.latency.runtime import TorchRuntime
-from archsearch.latency.validity import InvalidMeasurement, check_end, check_runtime
+from archsearch.latency.validity import TOLERANCE, Errors, InvalidMeasurement, check_depth, check_end, check_runtime
 from archsearch.model.hybrid import build_model
 
 OPTIONS = {
@@ -99,7 +99,7 @@ def test_position_outside_the_cache_is_refused(position: int) -> None:
 
 def check(runtime: TorchRuntime, batch: int = 2, tokens: int = 16) -> float:
     with torch.inference_mode():
-        return check_runtime(runtime, runtime.model, batch, tokens)
+        return check_runtime(runtime, runtime.model, batch, tokens).reference
 
 
 def runtime_of(kind: type[TorchRuntime], architecture: Architecture = EVERY_KIND) -> TorchRuntime:
@@ -111,12 +111,40 @@ def test_right_runtime_passes() -> None:
     assert check(runtime_of(TorchRuntime, architecture_of("a m2", meta_tokens=3))) < 1e-4
 
 
+@pytest.mark.parametrize("checked", [check_runtime, check_depth], ids=["start", "depth"])
+def test_rounding_of_a_deep_model_is_told_from_a_fault(
+    checked: Callable[..., Errors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that are off by a little or by much, where the bound for shallow models allows neither."""
+    monkeypatch.setitem(TOLERANCE, torch.bfloat16, 1e-5)
+    model = build_model(EVERY_KIND, dtype=torch.bfloat16)
+
+    def off(by: float) -> Errors:
+        class Off(TorchRuntime):
+            def step(self) -> None:
+                super().step()
+                self.logits[:, :16].mul_(1 + by)
+                torch.argmax(self.logits, dim=-1, out=self.token)
+
+        with torch.inference_mode():
+            runtime = Off(model, 1, 16)
+            return checked(runtime, model, 1, 16) if checked is check_runtime else checked(runtime, model, 16)
+
+    errors = off(2**-8)
+    assert errors.fp32 is not None
+    steps, reference = errors.fp32["logits"]
+    assert errors.reference > 1e-5
+    assert 0 < steps <= 1.5 * reference
+    with pytest.raises(InvalidMeasurement, match=r"off fp32 logits .* \(the reference"):
+        off(0.5)
+
+
 def test_stale_buffer_is_found() -> None:
     class Stale(TorchRuntime):
         def feed(self, token: torch.Tensor) -> None:
             pass
 
-    with pytest.raises(InvalidMeasurement, match="other logits than the forward pass"):
+    with pytest.raises(InvalidMeasurement, match="other logits than the reference"):
         check(runtime_of(Stale))
 
 
@@ -127,7 +155,7 @@ def test_wrong_position_is_found() -> None:
             super().step()
             self.state.position.sub_(2)
 
-    with pytest.raises(InvalidMeasurement, match="other logits than the forward pass"):
+    with pytest.raises(InvalidMeasurement, match="other logits than the reference"):
         check(runtime_of(Shifted))
 
 
@@ -140,7 +168,7 @@ def test_step_that_reads_the_tail_of_a_cache_is_found(kind: str, monkeypatch: py
 
     runtime = runtime_of(TorchRuntime, architecture_of(f"{kind} f"))
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", careless)
-    with pytest.raises(InvalidMeasurement, match="other logits than the forward pass"):
+    with pytest.raises(InvalidMeasurement, match="other logits than the reference"):
         check(runtime)
 
 
@@ -182,7 +210,7 @@ def test_logits_that_are_not_finite_are_found() -> None:
     model = build_model(EVERY_KIND)
     with torch.no_grad():
         model.norm.weight.fill_(float("nan"))
-    with pytest.raises(InvalidMeasurement, match="relative error nan"):
+    with pytest.raises(InvalidMeasurement, match="relative error of logits nan"):
         measure_decode(EVERY_KIND, QUICK, device="cpu", model=model)
 
 

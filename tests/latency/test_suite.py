@@ -21,7 +21,7 @@ from archsearch.latency.prefill import measure_prefill
 from archsearch.latency.result import DecodeLatency
 from archsearch.latency.suite import LatencyReport, measure_all
 from archsearch.latency.throughput import measure_throughput
-from archsearch.latency.validity import TOLERANCE, InvalidMeasurement, PrefillErrors, check_prefill
+from archsearch.latency.validity import TOLERANCE, Errors, InvalidMeasurement, check_prefill
 from archsearch.model.hybrid import HybridLM, build_model
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_prefill_that_differs_from_the_reference_is_found(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(network, "use", use)
     with torch.inference_mode():
-        assert check_prefill(network, "torch", 20) == PrefillErrors(reference=0.0)
+        assert check_prefill(network, "torch", 20) == Errors(reference=0.0)
         with pytest.raises(InvalidMeasurement, match=r"prefill \(other\) gives other logits or states"):
             check_prefill(network, "other", 20)
 
@@ -126,7 +126,7 @@ def test_rounding_of_a_deep_model_is_told_from_a_fault(monkeypatch: pytest.Monke
         assert errors is not None
         for kernels, reference in errors.values():
             assert 0 < kernels <= 1.5 * reference
-        with pytest.raises(InvalidMeasurement, match="against fp32"):
+        with pytest.raises(InvalidMeasurement, match="off fp32"):
             check_prefill(network, "wrong", 20)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from archsearch.model import fla_ops, self_check
 from archsearch.model.chunked import delta_rule_chunked, dplr_chunked, gla_chunked, selective_scan_chunked, ssd_chunked
-from archsearch.model.fused import bonus, convolution, decay, heads, norm, residual, shift, swiglu, transition
+from archsearch.model.fused import bonus, convolution, decay, forget, heads, norm, residual, shift, swiglu, transition
 from archsearch.model.layers import LAYERS
 from archsearch.model.layers.attention import windowed_attention
 from archsearch.operators import FFN, OPERATORS
@@ -61,6 +61,13 @@ def test_swiglu(inner):
 def test_log_decay():
     x = [draw(2, 700, seed=0)]
     agree(lambda x: [decay.log_decay(20 * x[0], 3)], lambda x: [decay.log_decay_reference(20 * x[0], 3)], x)
+
+
+@interpreted
+@pytest.mark.parametrize("size", [24, 1500])
+def test_forget_gates(size):
+    x = [draw(2, 5, 3 * size, seed=0)]
+    agree(lambda x: forget.forget_gates(4 * x[0]), lambda x: forget.forget_gates_reference(4 * x[0]), x)
 
 
 @interpreted

@@ -54,11 +54,9 @@ class HGRN2(Layer):
         return self._output(o, x)
 
     def fused(self, x: Tensor, state: State | None) -> Tensor:
-        from archsearch.model.fused.decay import log_decay
+        from archsearch.model.fused.forget import forget_gates
 
-        x = fla_ops.half(x)
-        forget = self.f_proj(x)
-        inputs = F.silu(self.q_proj(x)), (-forget).sigmoid(), self.i_proj(x), log_decay(forget, 1.0)
+        inputs = forget_gates(fla_ops.project(fla_ops.half(x), self.q_proj, self.f_proj, self.i_proj))
         heads = (t.unflatten(-1, (self.heads, -1)) for t in inputs)
         o, final = fla_ops.gla(*heads, keep=state is not None)
         if state is not None:
