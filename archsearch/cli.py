@@ -196,7 +196,7 @@ def latency(
 def profile(
     space: Annotated[Path, Option(metavar="FILE", help="The search space and its settings.", show_default=False)],
     out: Annotated[Path | None, Option(metavar="FILE", help="latency_profiles/DEVICE-SPACE.json if absent.")] = None,
-    check: Annotated[int, Option(help="Whole architectures to measure: a third to correct by, the rest to test.")] = 24,
+    check: Annotated[int, Option(help="Whole architectures to measure, half of them held out.")] = 24,
     set_: Set = None,
     device: Device = "auto",
     json: Json = False,

@@ -1,4 +1,4 @@
-"""The latency profile of one device: a measured table of operators, the predictor on top, and how far it is off.
+"""The latency profile of one device: a measured table of operators, the sum as predictor, and how far it is off.
 
 A decode step runs one operator after the other, so its time is nearly a sum: embedding, norm and head at this width,
 and a cost for each operator. ``archsearch profile`` measures the costs (``latency/profiling.py``); here they are read,
@@ -63,7 +63,7 @@ class Chain(Frozen):
 
 
 class Checked(Frozen):
-    """A whole architecture of a space, measured; ``fitted`` if the correction was fitted to it, held out if not."""
+    """A whole architecture of a space, measured; ``fitted`` if the table was fitted to it, too; held out if not."""
 
     hidden_size: int
     operators: str
@@ -81,28 +81,20 @@ class Entry(Frozen):
     us: float = Field(ge=0)
 
 
-class Correction(Frozen):
-    """Step time = head + ``scale`` x sum of the operators + ``operator_us`` x their number + ``constant_us``."""
-
-    scale: float = 1.0
-    operator_us: float = 0.0
-    constant_us: float = 0.0
-
-
 class ProfileError(Frozen):
     """How far predictions are off, relative to what was measured, over architectures that nothing was fitted to.
 
     Attributes:
         median, worst, spearman: of the held-out architectures; no rank correlation where there are fewer than three.
-        uncorrected: their median error without the correction.
-        chains: the worst error of the additive table on the chains that it was fitted to.
+        chains_alone: their median error with a table from chains alone, as such tables usually are.
+        chains: the worst error of that table on the chains that it comes from: how far they are no sum.
         architectures: how many were held out.
     """
 
     median: float
     worst: float
     spearman: float | None
-    uncorrected: float
+    chains_alone: float
     chains: float
     architectures: int
 
@@ -113,7 +105,6 @@ class LatencyProfile(Frozen):
     schema_version: Literal[1] = 1
     fingerprint: Fingerprint
     error: ProfileError | None = None
-    correction: Correction = Correction()
     table: tuple[Entry, ...] = ()
     chains: tuple[Chain, ...] = ()
     checked: tuple[Checked, ...] = ()
@@ -121,7 +112,7 @@ class LatencyProfile(Frozen):
     @cached_property
     def id(self) -> str:
         """Twelve hexadecimal digits over everything that a prediction depends on."""
-        data = self.model_dump(mode="json", include={"fingerprint", "correction", "table"})
+        data = self.model_dump(mode="json", include={"fingerprint", "table"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -149,14 +140,7 @@ class LatencyProfile(Frozen):
 
     def ms(self, architecture: Architecture) -> float:
         """Predicted milliseconds a token. Raises as ``seconds``."""
-        base, total = self.parts(architecture)
-        correction, count = self.correction, len(architecture.operators)
-        return (base + correction.scale * total + correction.operator_us * count + correction.constant_us) / 1e3
-
-    def parts(self, architecture: Architecture) -> tuple[float, float]:
-        """Microseconds of head and of all operators, as the table has them. Raises as ``seconds``."""
-        base, *costs = (self._cost(architecture.hidden_size, one) for one in (None, *architecture.operators))
-        return base, sum(costs)
+        return sum(self._cost(architecture.hidden_size, one) for one in (None, *architecture.operators)) / 1e3
 
     def _cost(self, hidden: int, operator: OperatorConfig | None) -> float:
         if (hidden, operator) not in self._found:

@@ -62,18 +62,16 @@ def _summary(profile: LatencyProfile) -> dict[str, Any]:
 
 def lines(profile: LatencyProfile) -> list[str]:
     """A profile as text: its device, its table, its error."""
-    about, error, correction = profile.fingerprint, profile.error, profile.correction
+    about, error = profile.fingerprint, profile.error
     found = [
         f"{about.device}, {about.dtype}, batch {about.batch}, {about.tokens:,} tokens, kernels {about.kernel_hash}",
         *(f"{entry.us:10.2f} us  {named(entry.hidden_size, entry.operator)}" for entry in profile.table),
-        f"correction: {correction.scale:.4f} x operators {correction.operator_us:+.3f} us an operator "
-        f"{correction.constant_us:+.2f} us",
     ]
     if error is not None:
         rank = "" if error.spearman is None else f", Spearman {error.spearman:.4f}"
         found.append(
             f"error on {error.architectures} held-out architectures: median {error.median:.2%}, worst "
-            f"{error.worst:.2%}{rank}; {error.uncorrected:.2%} without the correction; chains {error.chains:.2%}"
+            f"{error.worst:.2%}{rank}; from chains alone {error.chains_alone:.2%}"
         )
     return found
 

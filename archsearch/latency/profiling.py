@@ -59,7 +59,7 @@ def measure_profile(config: RunConfig, path: Path, device: torch.device, checks:
         config: its space and latency settings count.
         path: a file that is there is completed if it is of this device and these settings.
         device: where to measure.
-        checks: whole architectures to measure; a third of them for the correction, the others held out.
+        checks: whole architectures to measure; half of them are held out.
         say: told what is done.
 
     Raises:

@@ -63,7 +63,7 @@ def write_profile(path: Path, config: RunConfig, device: str = "") -> LatencyPro
             vocab_size=config.space.vocab_size,
             meta_tokens=0,
         ),
-        error=ProfileError(median=0.01, worst=WORST, spearman=1.0, uncorrected=0.02, chains=0.0, architectures=8),
+        error=ProfileError(median=0.01, worst=WORST, spearman=1.0, chains_alone=0.02, chains=0.0, architectures=8),
         table=tuple(entries),
         checked=(Checked(hidden_size=64, operators="a", options={}, measured_ms=1.0, predicted_ms=1.0),),
     )
