@@ -24,6 +24,7 @@ from archsearch.config import RunConfig, load_config
 from archsearch.environment import capture_environment
 from archsearch.errors import UsageError
 from archsearch.latency.profile_check import prepare_profile
+from archsearch.model.requirements import prepare_kernels
 from archsearch.search.folder import RunFolder
 from archsearch.worker import ProxyEvaluator, prepare_data
 
@@ -93,6 +94,7 @@ def create_run(config: RunConfig, out: str | Path | None = None) -> Run:
         ConfigError: the data cannot be read, or does not fit the vocabulary.
     """
     prepare_profile(config)
+    prepare_kernels(config)
     prepare_data(config)
     path = Path(out) if out is not None else Path("experiments") / f"{config.space.name}-{datetime.now():%Y%m%d-%H%M%S}"
     return Run(RunFolder.create(path, config, capture_environment().model_dump(mode="json")))
@@ -194,6 +196,7 @@ class Run:
         from archsearch.search.loop import run_search
 
         prepare_profile(self.config)
+        prepare_kernels(self.config)
         prepare_data(self.config)
         checkpoints = str(self.folder.checkpoints.resolve()) if self.config.proxy.rungs else None
         evaluator = ProxyEvaluator(self.config, str(self.folder.weights.resolve()), checkpoints)
@@ -209,6 +212,7 @@ class Run:
         """
         from archsearch.search.replicates import replicate_front
 
+        prepare_kernels(self.config)
         prepare_data(self.config)
         front = self.results().front
         return replicate_front(

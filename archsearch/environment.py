@@ -53,12 +53,13 @@ T = TypeVar("T")
 
 
 class Gpu(Frozen):
-    """One device as NVML names it; memory in bytes."""
+    """One device as NVML names it; memory in bytes, compute capability as (major, minor)."""
 
     name: str
     uuid: str
     memory: int
     driver: str
+    capability: tuple[int, int]
 
 
 class Git(Frozen):
@@ -178,6 +179,7 @@ def _read_gpus() -> list[Gpu]:
                 uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
                 memory=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
                 driver=driver,
+                capability=pynvml.nvmlDeviceGetCudaComputeCapability(handle),
             )
             for handle in handles
         ]

@@ -39,9 +39,10 @@ def ours(kind: str, hidden: int) -> torch.nn.Module:
 def theirs(kind: str, hidden: int) -> torch.nn.Module | None:
     """The same layer of flash-linear-attention, where it can run."""
     from archsearch.model import fla_library
+    from archsearch.model.requirements import installed
 
     if kind in ("m", "m2"):
-        if not fla_library.installed("mamba_ssm"):
+        if not installed("mamba_ssm"):
             return None
         fla_library.load("mamba_ssm.ops.triton.ssd_combined")  # whose package cannot be imported without its extension
     from archsearch.model import tuned

@@ -33,7 +33,7 @@ def test_a_hanging_driver_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(name="A GPU", uuid="GPU-1", memory=2**36, driver="600.1")
+    gpu = Gpu(name="A GPU", uuid="GPU-1", memory=2**36, driver="600.1", capability=(9, 0))
     monkeypatch.setattr(environment, "_read_gpus", lambda: [gpu])
     assert capture_environment().gpus == (gpu,)
 

@@ -15,6 +15,7 @@ from archsearch.config import RunConfig
 from archsearch.environment import capture_environment
 from archsearch.errors import UsageError
 from archsearch.latency.profile_check import prepare_profile
+from archsearch.model.requirements import prepare_kernels
 from archsearch.scaling.grid import make_grid
 from archsearch.scaling.law import Metric
 from archsearch.scaling.study import UNITS, Analysis, run_scaling
@@ -58,6 +59,7 @@ def start(
         block=block,
     )
     prepare_profile(grid.run_config(grid.budgets[-1]))
+    prepare_kernels(config)
     prepare_data(config)
     path = out or Path("experiments") / f"{config.space.name}-scaling-{datetime.now():%Y%m%d-%H%M%S}"
     models = len(grid.depths) * len(grid.widths)

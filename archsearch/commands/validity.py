@@ -14,6 +14,7 @@ from archsearch.environment import capture_environment
 from archsearch.errors import UsageError
 from archsearch.evaluation import Evaluator
 from archsearch.latency.profile_check import prepare_profile
+from archsearch.model.requirements import prepare_kernels
 from archsearch.schema import parse_quantity
 from archsearch.validity.agreement import Estimate
 from archsearch.validity.analysis import LONG, Analysis
@@ -55,6 +56,7 @@ def start(
         seeds=seeds,
     )
     prepare_profile(config)
+    prepare_kernels(config)
     prepare_data(config)
     path = out or Path("experiments") / f"{config.space.name}-validity-{datetime.now():%Y%m%d-%H%M%S}"
     say(

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from archsearch.errors import EnvironmentUnfit
+from archsearch.model import requirements
+from archsearch.model.requirements import installed
 
 DEFERRED = ("fla", "fla.ops", "fla.modules", "fla.modules.norm", "mamba_ssm")
 """Packages whose ``__init__`` imports far more than the operator that is wanted, or (mamba-ssm) fails without
@@ -31,8 +32,6 @@ MIN_TRITON = (3, 7, 1)
 """Triton from 3.4 up to this miscompiles the gated backward pass on Hopper: wrong gradients, no error."""
 
 HOPPER = (9, 0)
-MIN_CAPABILITY = (8, 0)
-"""Ampere: the first GPUs with bf16 matrix units."""
 
 
 def load(name: str) -> ModuleType:
@@ -43,7 +42,7 @@ def load(name: str) -> ModuleType:
     """
     library = name.partition(".")[0]
     if not installed(library):
-        raise _missing(library)
+        raise requirements.missing(library)
     for package in DEFERRED:
         if package.startswith(library) and package not in sys.modules:
             _defer(package)
@@ -61,12 +60,6 @@ def load(name: str) -> ModuleType:
 
 
 @functools.cache
-def installed(library: str) -> bool:
-    """Whether the top-level package ``library`` can be found; nothing of it runs."""
-    return library in sys.modules or importlib.util.find_spec(library) is not None
-
-
-@functools.cache
 def operator(path: str) -> Any:
     """The function that ``path`` names, for example ``fla.ops.gla.chunk:chunk_gla``."""
     module, _, name = path.partition(":")
@@ -77,7 +70,7 @@ def _defer(name: str) -> None:
     """Register the package ``name`` without running its ``__init__``, until a name of it is missed."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
-        raise _missing(name)
+        raise requirements.missing(name)
     module = importlib.util.module_from_spec(spec)
 
     def run(attribute: str) -> Any:
@@ -132,15 +125,9 @@ def _left_alone(function: Callable[..., Any] | None = None, recursive: bool = Tr
 def require(device: torch.device) -> None:
     """Raise EnvironmentUnfit where the kernels cannot run on ``device`` at all, with what would help."""
     if device.type != "cuda":
-        raise EnvironmentUnfit(f"the GPU kernels do not run on {device}", "set proxy.kernels=auto")
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        raise EnvironmentUnfit(
-            f"{torch.cuda.get_device_name(device)} is older than Ampere: no bf16 matrix units",
-            "use a GPU of compute capability 8.0 or higher, or set proxy.kernels=torch for the slow reference",
-        )
-    for module, name in (("triton", "triton"), ("fla", "flash-linear-attention")):
-        if importlib.util.find_spec(module) is None:
-            raise _missing(name)
+        requirements.require_gpu(str(device))
+    requirements.require_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    requirements.require_libraries()
 
 
 def miscompiles(device: torch.device) -> bool:
@@ -149,8 +136,3 @@ def miscompiles(device: torch.device) -> bool:
 
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
     return torch.cuda.get_device_capability(device) == HOPPER and (3, 4, 0) <= version < MIN_TRITON
-
-
-def _missing(name: str) -> EnvironmentUnfit:
-    remedy = "pip install 'archsearch[cuda]', or set proxy.kernels=torch for the slow reference"
-    return EnvironmentUnfit(f"training on a GPU needs {name}", remedy)

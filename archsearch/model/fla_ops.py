@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archsearch.errors import ConfigError
-from archsearch.model.fla_library import installed, operator
+from archsearch.model.fla_library import operator
+from archsearch.model.requirements import installed
 
 ALIGNED = 16
 """Columns that keep the rows of a 16-bit product aligned for matrix units."""

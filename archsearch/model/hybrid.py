@@ -124,7 +124,7 @@ class HybridLM(nn.Module):
 
     def paths(self) -> dict[str, str]:
         """Which implementation each kind of operator trains with."""
-        return {layer.kind: layer.op.implementation for layer in self.layers}
+        return {layer.kind: layer.op.implementation + layer.op.caveat for layer in self.layers}
 
     def use(self, path: str) -> HybridLM:
         """Train every kind that has it through the implementation ``path``; the others keep the reference."""

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
-from archsearch.errors import ConfigError, InvalidArchitecture
-from archsearch.model import fla_library, self_check
+from archsearch.errors import InvalidArchitecture
+from archsearch.model import fla_library, requirements, self_check
 from archsearch.model.hybrid import HybridLM
 from archsearch.operators import OperatorConfig
+
+CAVEAT = ", checked: this Triton is known to miscompile gated operators on Hopper GPUs"
 
 Operator = tuple[OperatorConfig, int]
 """An operator and its width: what kernels are compiled and checked for."""
@@ -47,11 +49,7 @@ def prepare(model: HybridLM, path: str, device: torch.device, dtype: torch.dtype
         path = "fla" if device.type == "cuda" else "torch"
     if path == "fla":
         fla_library.require(device)
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"proxy.dtype: the GPU kernels compute in bfloat16, not {str(dtype).removeprefix('torch.')}",
-                "set proxy.dtype=bfloat16, or proxy.kernels=torch for the slow reference",
-            )
+        requirements.require_half(str(dtype).removeprefix("torch."))
         for layer in model.layers:
             layer.op.require()
             refuse_unsupported(layer.op.unsupported(), layer.kind)
@@ -61,6 +59,9 @@ def prepare(model: HybridLM, path: str, device: torch.device, dtype: torch.dtype
         for config, width in operators:
             self_check.require_sound(config, width, device)
             _mark((config, width)).touch()  # also where it was alone, and therefore left to this process
+        if fla_library.miscompiles(device):
+            for layer in model.layers:
+                layer.op.caveat = CAVEAT
     return model.use(path)
 
 

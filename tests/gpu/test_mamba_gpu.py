@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from archsearch.model import fla_ops
 from archsearch.model.chunked import selective_scan_chunked, ssd_chunked
-from archsearch.model.fla_library import installed
+from archsearch.model.requirements import installed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -30,6 +30,7 @@ def model_of(**options: int) -> HybridLM:
 @pytest.fixture
 def hopper(monkeypatch, tmp_path):
     """A machine that looks fit: what is missing is taken away by the tests."""
+    monkeypatch.setattr(fla_library, "miscompiles", lambda device: False)
     monkeypatch.setattr(training_path, "_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test GPU")
@@ -44,6 +45,12 @@ def prepared(model: HybridLM, dtype: torch.dtype = torch.bfloat16) -> HybridLM:
 def test_a_fit_machine_trains_every_kind_through_its_kernels(hopper):
     model = prepared(model_of(head_dim=16))
     assert model.paths() == {"a": "SDPA flash", "d": "fla chunk_delta_rule", "f": "Triton SwiGLU"}
+
+
+def test_kernels_of_a_triton_that_is_known_to_be_wrong_say_that_they_were_checked(hopper, monkeypatch):
+    monkeypatch.setattr(fla_library, "miscompiles", lambda device: True)
+    model = prepared(model_of(head_dim=16))
+    assert model.paths()["d"].startswith("fla chunk_delta_rule, checked: this Triton is known to miscompile")
 
 
 def test_what_was_compiled_is_known_and_waits_for_nobody(monkeypatch, tmp_path):
@@ -164,12 +171,12 @@ def test_agreement_names_the_worst():
 
 def test_mamba_without_its_extension_is_refused_by_name(hopper, monkeypatch):
     model = build_model(make_architecture(hidden_size=64, vocab_size=32, operators="m"))
-    monkeypatch.setattr("archsearch.model.layers.mamba.installed", lambda name: name == "mamba_ssm")
+    monkeypatch.setattr("archsearch.model.requirements.installed", lambda name: name == "mamba_ssm")
     with pytest.raises(EnvironmentUnfit, match=r"operator m .* selective_scan_cuda cannot be imported") as error:
         prepared(model)
     assert "choose m2" in error.value.remedy
     assert model.paths() == {"m": "torch"}
-    monkeypatch.setattr("archsearch.model.layers.mamba.installed", lambda name: True)
+    monkeypatch.setattr("archsearch.model.requirements.installed", lambda name: True)
     assert prepared(model).paths() == {"m": "mamba-ssm selective_scan_cuda"}
 
 

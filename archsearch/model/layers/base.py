@@ -29,6 +29,9 @@ class Layer(nn.Module):
     kernels: ClassVar[str] = ""
     """What ``fla`` runs, as records name it."""
 
+    caveat: str = ""
+    """What records add to the name of the kernels that run."""
+
     residual: ClassVar[str]
     """Name of the projection whose output is added to the residual stream."""
 

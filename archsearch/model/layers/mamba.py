@@ -10,13 +10,12 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from archsearch import operators
-from archsearch.errors import EnvironmentUnfit
 from archsearch.model import fla_ops
 from archsearch.model.chunked import selective_scan_chunked
-from archsearch.model.fla_library import installed
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import ShortConvolution, init_steps, linear
 from archsearch.model.recurrence import Mixed, accumulator, selective_scan_step
+from archsearch.model.requirements import require_mamba
 
 
 class Mamba(Layer):
@@ -45,14 +44,7 @@ class Mamba(Layer):
 
     def require(self) -> None:
         """Raise EnvironmentUnfit where mamba-ssm's CUDA extension is not built."""
-        missing = [name for name in ("mamba_ssm", "selective_scan_cuda") if not installed(name)]
-        if missing:
-            raise EnvironmentUnfit(
-                f"operator m (Mamba) trains on a GPU through mamba-ssm's CUDA extension, and {' and '.join(missing)} "
-                "cannot be imported",
-                "build it (pip install 'archsearch[mamba]' where nvcc is), choose m2 (Mamba-2) instead, or set "
-                "proxy.kernels=torch for the slow reference",
-            )
+        require_mamba()
 
     def mix(self, c: Tensor, b: Tensor, x: Tensor, dt: Tensor, rate: Tensor) -> Mixed:
         """Run the recurrence over whole sequences; shapes as in ``selective_scan_chunked``."""

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from archsearch import operators
 from archsearch.model import fla_ops
 from archsearch.model.chunked import ssd_chunked
-from archsearch.model.fla_library import installed
 from archsearch.model.layers.base import Layer, State
 from archsearch.model.layers.parts import RMSNorm, ShortConvolution, init_decay, linear
 from archsearch.model.recurrence import Mixed, accumulator, ssd_step
+from archsearch.model.requirements import installed
 
 
 class Mamba2(Layer):
