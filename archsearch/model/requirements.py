@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+from typing import TYPE_CHECKING
 
-from archsearch.config import RunConfig
 from archsearch.environment import Gpu, find_gpus, package_version
 from archsearch.errors import ConfigError, EnvironmentUnfit
+
+if TYPE_CHECKING:
+    from archsearch.config import RunConfig
 
 MIN_CAPABILITY = (8, 0)
 """Ampere: the first GPUs with bf16 matrix units."""
