@@ -178,7 +178,8 @@ def _config_error(error: ValidationError, document: Document, path: Path_) -> Co
     location = (*path, *first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     key = ".".join(str(part) for part in first["loc"])
-    cause = f"{document.where(location)}: {key + ': ' if key else ''}{message}"
+    named = message.partition(":")[0].split(".")  # a check of the whole names the part that is wrong first
+    cause = f"{document.where((*location, *named))}: {key + ': ' if key else ''}{message}"
     if first["type"] not in ("value_error", "missing") and isinstance(first["input"], str | int | float | bool | None):
         cause += f" (found {first['input']!r})"
     more = f" ({len(problems) - 1} more problems after it)" if len(problems) > 1 else ""

@@ -132,6 +132,13 @@ def test_a_head_dim_that_divides_no_width(refused: Refused, tmp_path: Path) -> N
     assert "divide" in refused("validate", "bad.yaml", code=3)
 
 
+def test_an_option_is_found_by_its_line(refused: Refused, tmp_path: Path) -> None:
+    text = edited("a: {head_dim: 32, kv_heads: [1, 2]}", "a: {head_dim: 33}")
+    (tmp_path / "bad.yaml").write_text(text)
+    line = next(number for number, words in enumerate(text.splitlines(), 1) if "head_dim: 33" in words)
+    assert f"bad.yaml:{line}: space: options.a.head_dim: " in refused("validate", "bad.yaml", code=3)
+
+
 def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "good.yaml").write_text(edited("learning_rate: 3e-3", "learning_rate: 1e-3"))
     assert main(["validate", str(tmp_path / "good.yaml")]) == 0
