@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.operator_layers import BATCH, LENGTH, ours, step, wake_autograd
+from benchmarks.operator_layers import BATCH, LENGTH, ours, wake_autograd
+
+if TYPE_CHECKING:
+    import torch
 
 OURS_ALONE = """
 from archsearch.model.fla_library import load
@@ -29,7 +32,7 @@ def startup(kinds: list[str], hidden: int) -> dict[str, Any]:
     found: dict[str, Any] = {"hidden": hidden, "cores": len(os.sched_getaffinity(0))}
     with tempfile.TemporaryDirectory() as cache:
         # neither kernels that were compiled before nor configurations that were tuned on this machine
-        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}
+        environment = {**plain_environment(), "TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
         for state in ("cold", "warm"):
             start = time.perf_counter()
             commands = [[sys.executable, sys.argv[0], "--startup-one", k, "--hidden", str(hidden)] for k in kinds]
@@ -44,12 +47,27 @@ def startup(kinds: list[str], hidden: int) -> dict[str, Any]:
     return found
 
 
+def plain_environment() -> dict[str, str]:
+    """This process's, in which Python keeps what it compiles, as it does unless told otherwise."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
 def _result(kind: str, process: subprocess.Popen[str]) -> dict[str, Any]:
     lines = process.communicate()[0].splitlines()
     if process.returncode:
         return {"kind": kind, "failed": f"exit code {process.returncode}"}
     row: dict[str, Any] = json.loads(lines[-1])
     return row
+
+
+def first_step(layer: torch.nn.Module, x: torch.Tensor) -> None:
+    """One forward and backward of a scalar, as a loss is: for a gradient that is handed in torch imports sympy."""
+    import torch
+
+    with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+        y = layer(x)
+    y.float().sum().backward()
 
 
 def startup_one(kind: str, hidden: int) -> dict[str, Any]:
@@ -66,7 +84,7 @@ def startup_one(kind: str, hidden: int) -> dict[str, Any]:
         wake_autograd()
         torch.cuda.synchronize()
         context = time.perf_counter()
-        step(ours(kind, hidden), x)
+        first_step(ours(kind, hidden), x)
         torch.cuda.synchronize()
     end = time.perf_counter()
     tuner = sys.modules.get("archsearch.model.tuned")
@@ -107,7 +125,10 @@ def importing() -> Iterator[list[float]]:
 
 def imports() -> dict[str, float]:
     """Seconds that fresh processes with torch take to import the library's layers, and what we use of it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    environment = {
+        **plain_environment(),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]]),
+    }
     running = {}
     for name, code in (("fla.layers", "import fla.layers"), ("the operators that we use", OURS_ALONE)):
         timing = f"import time, torch\nstart = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"

@@ -111,7 +111,7 @@ def _gradients(layer: Layer, x: Tensor, *, half: bool) -> dict[str, Tensor]:
         y = layer(x)
     cotangent = torch.randn(y.shape, device=y.device, generator=torch.Generator(y.device).manual_seed(2))
     cotangent[:, 0] = 0  # a first token reads a multiple of its own value, and a norm behind hides by how much
-    y.float().backward(cotangent)
+    (y.float() * cotangent).sum().backward()  # of a scalar: for a gradient that is handed in torch imports sympy
     gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
     assert x.grad is not None
     return {"output": y.detach(), "input": x.grad, **gradients}
