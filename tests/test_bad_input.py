@@ -106,6 +106,7 @@ EDITS: dict[str, tuple[str, str, str]] = {
         "did you mean 'gd'",
     ),
     "head dim": ("a: {head_dim: 32, kv_heads: [1, 2]}", "a: {head_dim: 7}", "head_dim"),
+    "true for a number": ("a: {head_dim: 32, kv_heads: [1, 2]}", "a: {kv_heads: true}", "valid integer"),
     "FFN as mixer": ("mixers: [a, d, gd+a, m2+a]", "mixers: [f]", "no mixer"),
     "budget of 0": ("evaluations: 24", "evaluations: 0", "greater than or equal to 1"),
     "no tokens": ("tokens: 200K", "tokens: 0", "greater than or equal to 1"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from archsearch.schema import Frozen
 
@@ -18,6 +18,8 @@ STATE_BYTES = 4
 
 class OperatorConfig(Frozen):
     """One residual layer ``x + op(RMSNorm(x))``. Subclasses set ``kind`` and the cost methods."""
+
+    model_config = ConfigDict(strict=True)  # true is no number of heads
 
     kind: ClassVar[str]
     is_mixer: ClassVar[bool] = True
