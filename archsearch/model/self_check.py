@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from archsearch.errors import ArchsearchError, EnvironmentUnfit
+from archsearch.errors import ArchsearchError, EnvironmentUnfit, InvalidArchitecture
 from archsearch.model.fla_library import miscompiles
 from archsearch.model.layers import LAYERS, Layer
 from archsearch.operators import OPERATORS, OperatorConfig
@@ -27,6 +27,9 @@ magnified: that is a draw's bad luck, while a kernel that is wrong is wrong on a
 """
 
 REMEDY = "install triton 3.7.1 or later and flash-linear-attention 0.6, or set proxy.kernels=torch"
+
+
+SMALLER = "choose a smaller head_dim, state or expand_v, or set proxy.kernels=torch"
 
 
 class WrongKernels(EnvironmentUnfit):
@@ -70,7 +73,12 @@ def agreement(
 
 
 def require_sound(config: OperatorConfig, hidden: int, device: torch.device) -> Agreement:
-    """The first sound ``agreement``, or WrongKernels with what was found; also where a kernel does not run at all."""
+    """The first sound ``agreement``, or WrongKernels with what was found; also where a kernel does not run at all.
+
+    Raises:
+        InvalidArchitecture: a kernel asks for more shared memory or registers than this GPU has.
+        WrongKernels: see above.
+    """
     name = f"operator {config.kind} {config.model_dump(mode='json', exclude_defaults=True)} at width {hidden}"
     try:
         for draw in range(1, DRAWS + 1):
@@ -80,6 +88,9 @@ def require_sound(config: OperatorConfig, hidden: int, device: torch.device) -> 
     except (ArchsearchError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfResources":  # Triton's; it is no dependency where there is no GPU
+            wanted = f"{error.required} of {error.name}, and this GPU has {error.limit}"
+            raise InvalidArchitecture(f"the GPU kernels of {name} need {wanted}", SMALLER) from error
         message = (str(error).splitlines() or [""])[0]
         raise WrongKernels(
             f"the GPU kernels of {name} do not run: {type(error).__name__}: {message}", REMEDY

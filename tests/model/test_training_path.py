@@ -153,6 +153,23 @@ def test_a_kernel_that_does_not_run_makes_the_candidate_invalid(hopper, monkeypa
         prepared(model_of(head_dim=16))
 
 
+def test_sizes_beyond_the_shared_memory_are_told_as_such(hopper, monkeypatch):
+    class OutOfResources(Exception):
+        """Triton's."""
+
+        required, limit, name = 300000, 232448, "shared memory"
+
+    def too_large(*args, **draw):
+        raise OutOfResources
+
+    monkeypatch.setattr(self_check, "agreement", too_large)
+    with pytest.raises(
+        InvalidArchitecture, match="at width 64 need 300000 of shared memory, and this GPU has 232448"
+    ) as error:
+        prepared(model_of(head_dim=16))
+    assert "smaller head_dim" in error.value.remedy
+
+
 def test_out_of_memory_in_a_check_is_out_of_memory(hopper, monkeypatch):
     def full(*args, **draw):
         raise torch.OutOfMemoryError("CUDA out of memory")
