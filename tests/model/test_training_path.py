@@ -50,7 +50,7 @@ def test_a_fit_machine_trains_every_kind_through_its_kernels(hopper):
 def test_kernels_of_a_triton_that_is_known_to_be_wrong_say_that_they_were_checked(hopper, monkeypatch):
     monkeypatch.setattr(fla_library, "miscompiles", lambda device: True)
     model = prepared(model_of(head_dim=16))
-    assert model.paths()["d"].startswith("fla chunk_delta_rule, checked: this Triton is known to miscompile")
+    assert all(", checked: this Triton is known to miscompile" in path for path in model.paths().values())
 
 
 def test_what_was_compiled_is_known_and_waits_for_nobody(monkeypatch, tmp_path):
