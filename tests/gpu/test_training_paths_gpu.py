@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archsearch.architecture import make_architecture
-from archsearch.errors import EnvironmentUnfit, InvalidArchitecture
+from archsearch.errors import EnvironmentUnfit
 from archsearch.model import self_check, training_path
 from archsearch.model.hybrid import build_model
 from archsearch.model.layers import LAYERS
@@ -44,42 +44,6 @@ OPTIONS = [
 def test_kernels_agree_with_the_reference(kind, hidden, options):
     found = self_check.require_sound(OPERATORS[kind].model_validate(options), hidden, CUDA)
     print(kind, options, found.errors)
-
-
-ENDS = [
-    ("a", 64, {"head_dim": 8}),
-    ("a", 512, {"head_dim": 256}),
-    ("w", 64, {"head_dim": 8, "window": 1}),
-    ("w", 512, {"head_dim": 256}),
-    ("m2", 64, {"head_dim": 8, "state": 8, "conv": 1}),
-    ("m2", 128, {"head_dim": 256, "state": 256, "conv": 8}),
-    ("d", 64, {"head_dim": 8, "conv": 1}),
-    ("d", 512, {"head_dim": 256, "conv": 8}),
-    ("gd", 64, {"head_dim": 8}),
-    ("gd", 512, {"head_dim": 256, "expand_v": 4.0}),
-    ("kda", 64, {"head_dim": 8, "gate_rank": 1}),
-    ("kda", 512, {"head_dim": 256, "expand_v": 2.0}),
-    ("gl", 64, {"head_dim": 8}),
-    ("gl", 512, {"head_dim": 256, "expand_v": 4.0}),
-    ("r7", 64, {"head_dim": 8, "decay_rank": 1, "rate_rank": 1, "gate_rank": 1}),
-    ("r7", 256, {"head_dim": 128}),
-    ("hg", 64, {"head_dim": 8}),
-    ("hg", 512, {"head_dim": 256}),
-]
-"""The smallest and the largest sizes that files may name."""
-
-
-@pytest.mark.parametrize(("kind", "hidden", "options"), ENDS, ids=[f"{c[0]}-{json.dumps(c[2])}" for c in ENDS])
-def test_sizes_at_the_ends_are_sound_or_refused_by_name(kind, hidden, options):
-    config = OPERATORS[kind].model_validate(options)
-    refused = ""
-    try:
-        training_path.refuse_unsupported(LAYERS[kind](config, hidden).unsupported(), kind)
-        print(kind, options, self_check.require_sound(config, hidden, CUDA).errors)
-    except InvalidArchitecture as error:
-        refused = error.cause
-        print(kind, options, refused)
-    assert not refused or f"operator {kind}" in refused
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
