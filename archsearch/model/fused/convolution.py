@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from archsearch.model.fused.sigmoid import fast_sigmoid
+
 TOKENS = 64
 """Tokens that a program walks through."""
 
@@ -173,7 +175,7 @@ def _convolve_forward(
         y = offset
         for tap in tl.static_range(TAPS):
             y += taps[tap] * seen[tap]
-        y *= tl.sigmoid(y)
+        y *= fast_sigmoid(y)
         if head < NORMED:
             y *= tl.rsqrt(tl.sum(y * y, 0) + EPS)
         tl.store(to + t * width, y.to(y0.dtype.element_ty), mask=inside & (t < length))
@@ -215,13 +217,13 @@ def _convolve_backward(
         y = offset
         for tap in tl.static_range(TAPS):
             y += taps[tap] * seen[tap]
-        sigmoid = tl.sigmoid(y)
+        sigmoid = fast_sigmoid(y)
+        z = y * sigmoid
         if head < NORMED:
-            z = y * sigmoid
+            # both sums at once; z over its length is the output
             scale = tl.rsqrt(tl.sum(z * z, 0) + EPS)
-            z *= scale
-            d = scale * (d - z * tl.sum(d * z, 0))
-        d *= sigmoid * (1 + y * (1 - sigmoid))
+            d = scale * d - z * (scale * scale * scale * tl.sum(d * z, 0))
+        d *= sigmoid + (z - z * sigmoid)
         inner = inner[1:] + (d,)
         # token t - TAPS + 1 has now met all that it entered: through tap i the token TAPS - 1 - i later
         back = zero
@@ -235,7 +237,8 @@ def _convolve_backward(
         for tap in tl.static_range(TAPS):
             more = more + (sums[tap] + d * seen[tap],)
         sums = more
-        total += d
+        if BIAS:
+            total += d
     row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     out = partial + row.to(tl.int64) * channels * (TAPS + 1) + channel
     for tap in tl.static_range(TAPS):

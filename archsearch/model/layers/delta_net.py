@@ -84,7 +84,7 @@ class DeltaRule(Layer):
         if state is not None:
             ShortConvolution.keep(projected[..., : sum(self.widths)], state["conv"])
             state["recurrent"].copy_(final)
-        return self.o_proj(o.flatten(-2))
+        return fla_ops.project(o.flatten(-2), self.o_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         caches = self._caches(state)
