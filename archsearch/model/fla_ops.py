@@ -86,11 +86,24 @@ class _Project(torch.autograd.Function):
         return dx, d_bias, None, *d_weight[: sum(ctx.sizes)].split(ctx.sizes)
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """The delta rule with normalised ``q`` and ``k``; shapes as in ``delta_rule_chunked``, a state if ``keep``."""
-    from archsearch.model.fused.delta_rule import DeltaRule
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, gain: Tensor, eps: float, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The delta rule with normalised ``q`` and ``k``, then the RMSNorm of each head; a state if ``keep``.
 
-    o, state = DeltaRule.apply(q, k, v, beta.to(q.dtype), keep)
+    Shapes are those of ``delta_rule_chunked``; the rates are as projected, before their sigmoid, in the first columns
+    of ``logits`` [B, T, ...].
+    """
+    from archsearch.model.fused.chunks import MAX_DIM
+    from archsearch.model.fused.delta_rule import DeltaRule
+    from archsearch.model.fused.norm import norm
+
+    if max(q.shape[-1], v.shape[-1]) <= MAX_DIM:
+        o, state = DeltaRule.apply(q, k, v, logits, gain, eps, keep)
+    else:
+        chunk = operator("fla.ops.delta_rule.chunk:chunk_delta_rule")
+        o, state = chunk(q, k, v, logits[..., : q.shape[2]].sigmoid(), output_final_state=keep)
+        o = norm(o, gain, eps)
     return o, state.mT if keep else None
 
 

@@ -1,0 +1,52 @@
+"""How kernels of chunked recurrences find their way: a program a chunk and head, tokens as rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Triton's custom: compile-time constants are capitals.
+# ruff: noqa: N803
+
+CHUNK = 64
+"""Tokens of a chunk, as in flash-linear-attention's kernels, which share its tensors."""
+
+MAX_DIM = 128
+"""Widest head that a program holds."""
+
+
+def grid(k: Tensor) -> tuple[int, int]:
+    """A program for every chunk of every head of ``k`` [B, T, H, K]."""
+    return triton.cdiv(k.shape[1], CHUNK), k.shape[0] * k.shape[2]
+
+
+def sizes(k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Heads, and the widths of keys and values with the powers of two that hold them."""
+    dims = k.shape[-1], v.shape[-1]
+    blocks = (max(16, triton.next_power_of_2(dim)) for dim in dims)
+    return {"H": k.shape[2], **dict(zip("KV", dims, strict=True)), **dict(zip(("BK", "BV"), blocks, strict=True))}
+
+
+def split(x: Tensor) -> Tensor:
+    """[B, T, H, ...] to chunks [B, H, N, CHUNK, ...], filled up with zeros."""
+    x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, -x.shape[1] % CHUNK))
+    return x.unflatten(1, (-1, CHUNK)).movedim(3, 1)
+
+
+def join(x: Tensor, length: int) -> Tensor:
+    """The inverse of ``split``."""
+    return x.movedim(1, 3).flatten(1, 2)[:, :length]
+
+
+@triton.jit
+def rows(base, token, end, stride, D: tl.constexpr, BD: tl.constexpr):
+    """Rows ``token`` (any shape) of ``D`` numbers as [..., BD]; zeros behind the ``end``."""
+    lane = tl.arange(0, BD)
+    for _ in tl.static_range(len(token.shape)):
+        lane = tl.expand_dims(lane, 0)
+    token = tl.expand_dims(token, -1)
+    return tl.load(base + token * stride + lane, mask=(token < end) & (lane < D), other=0.0)
