@@ -65,9 +65,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, gradient: b
     size = logits.shape[1]
     block = min(triton.next_power_of_2(size), MAX_BLOCK)
     options = {"num_warps": 4 if block <= 2048 else 8}
-    _softmax_gradient[(len(logits),)](
-        logits, targets, losses, scale, V=size, GRADIENT=gradient, BLOCK=block, **options
-    )
+    _softmax_gradient[(len(logits),)](logits, targets, losses, scale, V=size, GRADIENT=gradient, BLOCK=block, **options)
     return losses
 
 

@@ -43,7 +43,7 @@ def prepared(model: HybridLM, dtype: torch.dtype = torch.bfloat16) -> HybridLM:
 
 def test_a_fit_machine_trains_every_kind_through_its_kernels(hopper):
     model = prepared(model_of(head_dim=16))
-    assert model.paths() == {"a": "SDPA flash", "d": "fla chunk_delta_rule", "f": "Triton SwiGLU"}
+    assert model.paths() == {"a": "SDPA flash", "d": "Triton and fla delta rule", "f": "Triton SwiGLU"}
 
 
 def test_what_was_compiled_is_known_and_waits_for_nobody(monkeypatch, tmp_path):

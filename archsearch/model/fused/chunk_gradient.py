@@ -9,9 +9,6 @@ from torch import Tensor
 
 from archsearch.model.fused.chunks import CHUNK, grid, rows, sizes
 
-# Triton's custom: compile-time constants are capitals.
-# ruff: noqa: N803
-
 
 def chunk_gradient(
     q: Tensor, k: Tensor, v: Tensor, logits: Tensor, inverse: Tensor, new: Tensor, states: Tensor,

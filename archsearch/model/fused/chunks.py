@@ -9,9 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Triton's custom: compile-time constants are capitals.
-# ruff: noqa: N803
-
 CHUNK = 64
 """Tokens of a chunk, as in flash-linear-attention's kernels, which share its tensors."""
 

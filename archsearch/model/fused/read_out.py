@@ -10,9 +10,6 @@ from torch.nn import functional as F
 
 from archsearch.model.fused.chunks import CHUNK, grid, join, rows, sizes, split
 
-# Triton's custom: compile-time constants are capitals.
-# ruff: noqa: N803
-
 
 def read_out_reference(
     q: Tensor, k: Tensor, new: Tensor, states: Tensor, gain: Tensor, scale: float, eps: float

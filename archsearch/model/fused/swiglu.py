@@ -40,9 +40,7 @@ class _SwiGLU(torch.autograd.Function):
         (merged,) = ctx.saved_tensors
         grad, inner = grad.contiguous(), merged.shape[-1] // 2
         out = torch.empty_like(merged)
-        _swiglu_backward[(triton.cdiv(grad.numel(), BLOCK),)](
-            merged, grad, out, grad.numel(), INNER=inner, BLOCK=BLOCK
-        )
+        _swiglu_backward[(triton.cdiv(grad.numel(), BLOCK),)](merged, grad, out, grad.numel(), INNER=inner, BLOCK=BLOCK)
         return out
 
 

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from archsearch.model.fused.chunks import CHUNK, grid, join, rows, sizes, split
 
-# Triton's custom: compile-time constants are capitals.
-# ruff: noqa: N803
-
 
 def wy_reference(k: Tensor, v: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``W = T beta K``, ``U = T beta V`` and ``T``, the inverse of ``I + tril(beta K K', -1)``, chunk by chunk.
@@ -87,9 +84,9 @@ def _wy(
     token = begin + 16 * tl.arange(0, 4)[:, None] + n[None, :]
     x = rows(k, token, T, H * K, K, BK)
     rate = tl.sigmoid(tl.load(logits + token * stride, mask=token < T, other=0.0).to(tl.float32))
-    early, late = _inverse(rate[:, :, None] * tl.dot(x, x.permute(0, 2, 1))).reshape(2, 2, 16, 16).permute(
-        0, 2, 3, 1
-    ).split()
+    early, late = (
+        _inverse(rate[:, :, None] * tl.dot(x, x.permute(0, 2, 1))).reshape(2, 2, 16, 16).permute(0, 2, 3, 1).split()
+    )
     # those between each two of them
     token = begin + 32 * tl.arange(0, 2)[:, None] + n[None, :]
     rate = tl.sigmoid(tl.load(logits + (token + 16) * stride, mask=token + 16 < T, other=0.0).to(tl.float32))

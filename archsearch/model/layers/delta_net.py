@@ -119,7 +119,7 @@ class DeltaRule(Layer):
 class DeltaNet(DeltaRule):
     """DeltaNet (arXiv 2406.06484) as in flash-linear-attention and the paper's models: no gates."""
 
-    kernels: ClassVar[str] = "fla chunk_delta_rule"
+    kernels: ClassVar[str] = "Triton and fla delta rule"
 
     def __init__(self, config: operators.DeltaNet, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__(hidden_size, config.n_heads(hidden_size), config.head_dim, config.head_dim, config.conv)
