@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from archsearch.model.fused.chunks import CHUNK, grid, rows, sizes
+from archsearch.model.fused.chunks import CHUNK, grid, rates, rows, sizes
 
 
 def chunk_gradient(
@@ -48,7 +48,7 @@ def _chunk_gradient(
     token, column = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, C)
     known, inside = token < T, token[:, None] < T
     dtype = k.dtype.element_ty
-    rate = tl.sigmoid(tl.load(logits + (batch * T + token) * stride + head, mask=known, other=0.0).to(tl.float32))
+    rate = rates(logits + batch * T * stride + head, token, T, stride)
     solved = tl.load(inverse + first * C + token[:, None] * H * C + column[None, :], mask=inside, other=0.0)
     # through U
     g, x = rows(d_new + first * V, token, T, H * V, V, BV), rows(v + first * V, token, T, H * V, V, BV)

@@ -47,3 +47,9 @@ def rows(base, token, end, stride, D: tl.constexpr, BD: tl.constexpr):
         lane = tl.expand_dims(lane, 0)
     token = tl.expand_dims(token, -1)
     return tl.load(base + token * stride + lane, mask=(token < end) & (lane < D), other=0.0)
+
+
+@triton.jit
+def rates(logits, token, end, stride):
+    """The sigmoid of the logits of tokens ``token`` (any shape); whatever behind the ``end``."""
+    return tl.sigmoid(tl.load(logits + token * stride, mask=token < end, other=0.0).to(tl.float32))

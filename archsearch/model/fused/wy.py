@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from archsearch.model.fused.chunks import CHUNK, grid, join, rows, sizes, split
+from archsearch.model.fused.chunks import CHUNK, grid, join, rates, rows, sizes, split
 
 
 def wy_reference(k: Tensor, v: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,25 +83,23 @@ def _wy(
     # of beta K K' first the blocks on the diagonal
     token = begin + 16 * tl.arange(0, 4)[:, None] + n[None, :]
     x = rows(k, token, T, H * K, K, BK)
-    rate = tl.sigmoid(tl.load(logits + token * stride, mask=token < T, other=0.0).to(tl.float32))
-    early, late = (
-        _inverse(rate[:, :, None] * tl.dot(x, x.permute(0, 2, 1))).reshape(2, 2, 16, 16).permute(0, 2, 3, 1).split()
-    )
+    blocks = _inverse(rates(logits, token, T, stride)[:, :, None] * tl.dot(x, x.permute(0, 2, 1)))
+    early, late = blocks.reshape(2, 2, 16, 16).permute(0, 2, 3, 1).split()
     # those between each two of them
     token = begin + 32 * tl.arange(0, 2)[:, None] + n[None, :]
-    rate = tl.sigmoid(tl.load(logits + (token + 16) * stride, mask=token + 16 < T, other=0.0).to(tl.float32))
     beside = tl.dot(rows(k, token + 16, T, H * K, K, BK), rows(k, token, T, H * K, K, BK).permute(0, 2, 1))
-    beside = _product(_product(late, rate[:, :, None] * beside), early)
+    beside *= rates(logits, token + 16, T, stride)[:, :, None]
+    beside = _product(_product(late, beside), early)
     early, late = _quarters(early, -beside, late).permute(1, 2, 0).split()
     # and the lower left quarter
     token = begin + tl.arange(0, C // 2)
-    rate = tl.sigmoid(tl.load(logits + (token + C // 2) * stride, mask=token + C // 2 < T, other=0.0).to(tl.float32))
     beside = tl.dot(rows(k, token + C // 2, T, H * K, K, BK), rows(k, token, T, H * K, K, BK).trans())
-    beside = _product(_product(late, rate[:, None] * beside), early)
+    beside *= rates(logits, token + C // 2, T, stride)[:, None]
+    beside = _product(_product(late, beside), early)
     solved = _quarters(early[None], -beside[None], late[None]).reshape(C, C).to(k.dtype.element_ty)
 
     token = begin + tl.arange(0, C)
-    rate = tl.sigmoid(tl.load(logits + token * stride, mask=token < T, other=0.0).to(tl.float32))[:, None]
+    rate = rates(logits, token, T, stride)[:, None]
     at, inside = token[:, None], token[:, None] < T
     tl.store(inverse + at * H * C + tl.arange(0, C)[None, :], solved, mask=inside)
     lane = tl.arange(0, BK)[None, :]
