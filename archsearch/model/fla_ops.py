@@ -94,11 +94,11 @@ def delta_rule(
     Shapes are those of ``delta_rule_chunked``; the rates are as projected, before their sigmoid, in the first columns
     of ``logits`` [B, T, ...].
     """
-    from archsearch.model.fused.chunks import MAX_DIM
+    from archsearch.model.fused.chunks import fits
     from archsearch.model.fused.delta_rule import DeltaRule
     from archsearch.model.fused.norm import norm
 
-    if max(q.shape[-1], v.shape[-1]) <= MAX_DIM:
+    if fits(k, v):
         o, state = DeltaRule.apply(q, k, v, logits, gain, eps, keep)
     else:
         chunk = operator("fla.ops.delta_rule.chunk:chunk_delta_rule")

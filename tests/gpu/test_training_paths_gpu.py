@@ -29,6 +29,7 @@ OPTIONS = [
     ("m2", 128, {"head_dim": 64, "state": 64, "groups": 2}),
     ("d", 256, {"head_dim": 32}),
     ("d", 192, {"head_dim": 96}),
+    ("d", 384, {"head_dim": 192}),
     ("gd", 256, {"head_dim": 64, "expand_v": 2.0}),
     ("gd", 240, {"head_dim": 24}),
     ("gl", 256, {"head_dim": 64, "expand_k": 1.0}),

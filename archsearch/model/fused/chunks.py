@@ -13,7 +13,18 @@ CHUNK = 64
 """Tokens of a chunk, as in flash-linear-attention's kernels, which share its tensors."""
 
 MAX_DIM = 128
-"""Widest head that a program holds."""
+"""Widest head that a program holds, on a GPU with this much shared memory; half as wide with less."""
+
+SHARED_MEMORY = 2**17
+
+
+def fits(k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels here can take heads like ``k`` [B, T, H, K] and ``v``: one holds a head, and offsets inside a
+    sequence, also of a projection a few times as wide, hold in 32 bits.
+    """
+    dim = max(k.shape[-1], v.shape[-1])
+    small = k.is_cuda and torch.cuda.get_device_properties(k.device).shared_memory_per_block_optin < SHARED_MEMORY
+    return dim <= (MAX_DIM // 2 if small else MAX_DIM) and k.shape[1] * k.shape[2] * dim < 2**29
 
 
 def grid(k: Tensor) -> tuple[int, int]:
