@@ -25,6 +25,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
 
 
+@pytest.fixture(autouse=True)
+def _short_walks(monkeypatch):
+    """The interpreter takes its time for tokens behind the end of a sequence."""
+    for name in ("TOKENS", "BACKWARD_TOKENS"):
+        monkeypatch.setattr(convolution, name, 16)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is what starts this process")
 def test_in_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -89,7 +96,8 @@ def test_split_heads(norm, dim, length):
 @pytest.mark.parametrize(("dims", "taps", "bias", "normed"), [([8, 8, 12], 4, False, 2), ([16, 24, 24], 3, True, 0)])
 @pytest.mark.parametrize("behind", [0, 3])
 def test_convolve(length, dims, taps, bias, normed, behind, monkeypatch):
-    monkeypatch.setattr(convolution, "TOKENS", 8)  # several programs along time
+    for name in ("TOKENS", "BACKWARD_TOKENS"):
+        monkeypatch.setattr(convolution, name, 8)  # several programs along time
     weights = [draw(2 * dim, 1, taps, seed=dim) for dim in dims]
     biases = [draw(2 * dim, seed=dim) for dim in dims] if bias else [None] * 3
     inputs = [draw(2, length, 2 * sum(dims) + 5, seed=0), *weights, *biases]
