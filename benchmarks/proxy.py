@@ -201,7 +201,7 @@ def profile(case: Case, name: str) -> None:
     kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
     total = sum(kernel.self_device_time_total for kernel in kernels) / 5e3
     print(f"{case.name}, {name}: {total:.2f} ms of kernels a step, {sum(k.count for k in kernels) // 5} of them")
-    for kernel in kernels[:40]:
+    for kernel in kernels[:60]:
         print(f"{kernel.self_device_time_total / 5e3:8.3f} ms {kernel.count // 5:5} x {kernel.key[:100]}", flush=True)
 
 

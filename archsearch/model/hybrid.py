@@ -142,10 +142,10 @@ class HybridLM(nn.Module):
 
         Under autocast the residual stream is of its type: what moves memory is most of a small model's step.
         """
-        x = self._embed(tokens)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        added = None
+        device, dtype = tokens.device.type, None
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        x, added = self._embed(tokens, dtype), None
         for layer in self.layers:
             x, added = layer(x, added)
         if self.layers[-1].op.path != "torch" and x.dtype == added.dtype:
@@ -214,12 +214,13 @@ class HybridLM(nn.Module):
         state.position.add_(1)
         return self.logits(self.norm(x))
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens behind the meta tokens, [B, meta + T, hidden]."""
-        x = self.embed_tokens(tokens)
+    def _embed(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Embedded tokens behind the meta tokens, [B, meta + T, hidden]; in ``dtype``, or that of the weights."""
+        # the matrix is cast rather than what is read from it, which is more in a batch of a training
+        x = F.embedding(tokens, self.embed_tokens.weight.to(dtype or self.embed_tokens.weight.dtype))
         if self.meta_tokens is None:
             return x
-        return torch.cat([self.meta_tokens.expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([self.meta_tokens.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
 
     def _prefill(self, x: Tensor, state: DecodeState) -> Tensor:
         for layer, buffers in zip(self.layers, state.layers, strict=True):

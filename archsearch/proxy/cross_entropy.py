@@ -50,10 +50,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """``total + a @ b`` in fp32; the product of half-precision matrices is summed in fp32."""
+    """``total + a @ b`` in fp32, on a GPU in place; the product of half-precision matrices is summed in fp32."""
     if not a.is_cuda:
         product = a.float() @ b.float()
         return product if total is None else total + product
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(total, a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

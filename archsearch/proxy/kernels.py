@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from archsearch.model.fused.fast_math import fast_exp2
+
 # Triton's custom: compile-time constants are capitals.
 # ruff: noqa: N803
 
@@ -20,29 +22,34 @@ from torch import Tensor
 MAX_BLOCK = 8192
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit
-def _softmax_gradient(logits, targets, losses, scale, V, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _softmax_gradient(logits, targets, losses, scale, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     """The loss of one row of ``logits`` [N, V]; with GRADIENT, ``scale`` times its gradient replaces the row."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * V
-    target = tl.load(targets + row)
+    target = base + tl.load(targets + row)
     # read before the sums below, whose barriers keep every write behind this
-    wanted = tl.load(base + target).to(tl.float32)
+    wanted = tl.load(target).to(tl.float32)
     highest, total = -float("inf"), 0.0
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(base + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
         above = tl.maximum(highest, tl.max(x, 0))
-        total = total * tl.exp(highest - above) + tl.sum(tl.exp(x - above), 0)
+        total = total * fast_exp2((highest - above) * LOG2E) + tl.sum(fast_exp2(x * LOG2E - above * LOG2E), 0)
         highest = above
     log_sum = highest + tl.log(total)
     tl.store(losses + row, log_sum - wanted)
     if GRADIENT:
+        shift = log_sum * LOG2E - tl.log2(scale)
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(base + columns, mask=columns < V, other=-float("inf")).to(tl.float32)
-            gradient = scale * (tl.exp(x - log_sum) - tl.where(columns == target, 1.0, 0.0))
-            tl.store(base + columns, gradient.to(logits.dtype.element_ty), mask=columns < V)
+            tl.store(base + columns, fast_exp2(x * LOG2E - shift).to(logits.dtype.element_ty), mask=columns < V)
+        tl.debug_barrier()  # the target's own gradient takes the place of what was just written there
+        tl.store(target, (fast_exp2(wanted * LOG2E - shift) - scale).to(logits.dtype.element_ty))
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, gradient: bool) -> Tensor:
@@ -58,7 +65,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, scale: float, gradient: b
     size = logits.shape[1]
     block = min(triton.next_power_of_2(size), MAX_BLOCK)
     options = {"num_warps": 4 if block <= 2048 else 8}
-    _softmax_gradient[(len(logits),)](logits, targets, losses, scale, size, GRADIENT=gradient, BLOCK=block, **options)
+    _softmax_gradient[(len(logits),)](logits, targets, losses, scale, V=size, GRADIENT=gradient, BLOCK=block, **options)
     return losses
 
 

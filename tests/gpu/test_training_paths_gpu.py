@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archsearch.architecture import make_architecture
 from archsearch.errors import EnvironmentUnfit
-from archsearch.model import self_check, training_path
+from archsearch.model import fla_ops, self_check, training_path
 from archsearch.model.hybrid import build_model
 from archsearch.model.layers import LAYERS
 from archsearch.operators import OPERATORS
@@ -29,6 +29,7 @@ OPTIONS = [
     ("m2", 128, {"head_dim": 64, "state": 64, "groups": 2}),
     ("d", 256, {"head_dim": 32}),
     ("d", 192, {"head_dim": 96}),
+    ("d", 384, {"head_dim": 192}),
     ("gd", 256, {"head_dim": 64, "expand_v": 2.0}),
     ("gd", 240, {"head_dim": 24}),
     ("gl", 256, {"head_dim": 64, "expand_k": 1.0}),
@@ -79,6 +80,18 @@ def test_a_step_can_be_captured_and_replays_the_same(kind):
     torch.cuda.synchronize()
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(layer.get_submodule(layer.residual).weight.grad, gradient, rtol=1e-2, atol=1e-4)
+
+
+def test_gradients_of_projections_are_not_rounded_to_16_bits():
+    with CUDA:
+        layers = [nn.Linear(64, size, bias=size > 5) for size in (24, 40)]
+        x, y = torch.randn(3, 500, 64, dtype=torch.bfloat16), torch.randn(3, 500, 64, dtype=torch.bfloat16)
+    fla_ops.project(x.requires_grad_(), *layers).backward(y)
+    expected = y.flatten(0, 1).double().T @ x.detach().flatten(0, 1).double()
+    found = torch.cat([layer.weight.grad for layer in layers])
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layers[0].bias.grad, y.sum((0, 1)).float()[:24], rtol=2e-2, atol=1e-1)
 
 
 def test_a_model_is_prepared_and_trains():

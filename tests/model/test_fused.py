@@ -25,6 +25,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_interpreter starts")
 
 
+@pytest.fixture(autouse=True)
+def _short_walks(monkeypatch):
+    """The interpreter takes its time for tokens behind the end of a sequence."""
+    for name in ("TOKENS", "BACKWARD_TOKENS"):
+        monkeypatch.setattr(convolution, name, 16)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is what starts this process")
 def test_in_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -89,7 +96,8 @@ def test_split_heads(norm, dim, length):
 @pytest.mark.parametrize(("dims", "taps", "bias", "normed"), [([8, 8, 12], 4, False, 2), ([16, 24, 24], 3, True, 0)])
 @pytest.mark.parametrize("behind", [0, 3])
 def test_convolve(length, dims, taps, bias, normed, behind, monkeypatch):
-    monkeypatch.setattr(convolution, "TOKENS", 8)  # several programs along time
+    for name in ("TOKENS", "BACKWARD_TOKENS"):
+        monkeypatch.setattr(convolution, name, 8)  # several programs along time
     weights = [draw(2 * dim, 1, taps, seed=dim) for dim in dims]
     biases = [draw(2 * dim, seed=dim) for dim in dims] if bias else [None] * 3
     inputs = [draw(2, length, 2 * sum(dims) + 5, seed=0), *weights, *biases]
@@ -188,6 +196,10 @@ def test_the_self_check_finds_a_wrong_gradient(monkeypatch):
 def without_library(monkeypatch) -> None:
     """The library's recurrences replaced by ours, so that all that surrounds them runs on a CPU."""
 
+    def delta_net(q, k, v, logits, gain, eps, *, keep):
+        o, state = delta_rule_chunked(q, k, v, logits[..., : q.shape[2]].float().sigmoid())
+        return F.rms_norm(o, gain.shape, gain, eps), state
+
     def gated(q, k, v, beta, decay, a_log, dt_bias, *, keep):
         decay = -a_log.exp() * F.softplus(decay.float() + dt_bias)
         return delta_rule_chunked(q, k, v, beta.float().sigmoid(), decay)
@@ -216,7 +228,7 @@ def without_library(monkeypatch) -> None:
     def windowed(q, k, v, window):
         return windowed_attention(*(t.transpose(1, 2) for t in (q, k, v)), window).transpose(1, 2)
 
-    monkeypatch.setattr(fla_ops, "delta_rule", lambda *args, keep: halved(delta_rule_chunked(*args)))
+    monkeypatch.setattr(fla_ops, "delta_rule", lambda *args, keep: halved(delta_net(*args, keep=keep)))
     monkeypatch.setattr(fla_ops, "gated_delta_rule", lambda *args, keep: halved(gated(*args, keep=keep)))
     monkeypatch.setattr(fla_ops, "kda", lambda *args, keep: halved(kda(*args, keep=keep)))
     monkeypatch.setattr(fla_ops, "rwkv7", lambda *args, keep: halved(dplr_chunked(*args[:-1])))

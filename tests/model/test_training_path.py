@@ -44,7 +44,7 @@ def prepared(model: HybridLM, dtype: torch.dtype = torch.bfloat16) -> HybridLM:
 
 def test_a_fit_machine_trains_every_kind_through_its_kernels(hopper):
     model = prepared(model_of(head_dim=16))
-    assert model.paths() == {"a": "SDPA flash", "d": "fla chunk_delta_rule", "f": "Triton SwiGLU"}
+    assert model.paths() == {"a": "SDPA flash", "d": "Triton and fla delta rule", "f": "Triton SwiGLU"}
 
 
 def test_kernels_of_a_triton_that_is_known_to_be_wrong_say_that_they_were_checked(hopper, monkeypatch):

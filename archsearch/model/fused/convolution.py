@@ -18,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-TOKENS = 64
-"""Tokens that a program walks through."""
+from archsearch.model.fused.fast_math import fast_sigmoid
+
+TOKENS, BACKWARD_TOKENS = 64, 128
+"""Tokens that a program walks through; the backward pass computes the last taps twice, and leaves sums behind."""
 
 AHEAD = 4
 """Tokens that are loaded before their turn, to hide the memory's latency; the loops are unrolled by as many."""
@@ -89,7 +91,7 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.widths, ctx.dims, ctx.normed = widths, dims, normed
         out = [x.new_empty(*x.shape[:2], width // dim, dim) for width, dim in zip(widths, dims, strict=True)]
-        grid, sizes = _launch(x, weight, bias, out, normed)
+        grid, sizes = _launch(x, weight, bias, out, normed, TOKENS)
         lengths = x.shape[1], x.stride(1), sum(widths)
         _convolve_forward[grid](x, weight, weight if bias is None else bias, *out, *lengths, **sizes)
         return *out, before, behind
@@ -98,7 +100,7 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         *grads, before, behind = (grad.contiguous() for grad in grads)
-        grid, sizes = _launch(x, weight, bias, grads, ctx.normed)
+        grid, sizes = _launch(x, weight, bias, grads, ctx.normed, BACKWARD_TOKENS)
         taps, channels = weight.shape
         d_merged = x.new_empty(*x.shape[:2], ctx.columns)
         to_before, dx, to_behind = d_merged.tensor_split([ctx.start, ctx.start + channels], dim=-1)
@@ -115,15 +117,15 @@ class _Convolve(torch.autograd.Function):
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Tensor], normed: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Tensor], normed: int, tokens: int
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid and sizes: a program takes ``TOKENS`` tokens of one head."""
+    """Grid and sizes: a program takes ``tokens`` tokens of one head."""
     heads, dims = [t.shape[2] for t in parts], [t.shape[3] for t in parts]
     sizes: dict[str, Any] = {f"H{i}": n for i, n in enumerate(heads)} | {f"D{i}": n for i, n in enumerate(dims)}
     block = triton.next_power_of_2(max(dims))
-    sizes |= {"BLOCK": block, "TOKENS": TOKENS, "AHEAD": AHEAD, "num_warps": max(1, block // LANES)}
+    sizes |= {"BLOCK": block, "TOKENS": tokens, "AHEAD": AHEAD, "num_warps": max(1, block // LANES)}
     sizes |= {"NORMED": sum(heads[:normed]), "EPS": L2_EPS, "TAPS": len(weight), "BIAS": bias is not None}
-    return (triton.cdiv(x.shape[1], TOKENS), sum(heads), x.shape[0]), sizes
+    return (triton.cdiv(x.shape[1], tokens), sum(heads), x.shape[0]), sizes
 
 
 @triton.jit
@@ -173,7 +175,7 @@ def _convolve_forward(
         y = offset
         for tap in tl.static_range(TAPS):
             y += taps[tap] * seen[tap]
-        y *= tl.sigmoid(y)
+        y *= fast_sigmoid(y)
         if head < NORMED:
             y *= tl.rsqrt(tl.sum(y * y, 0) + EPS)
         tl.store(to + t * width, y.to(y0.dtype.element_ty), mask=inside & (t < length))
@@ -215,13 +217,13 @@ def _convolve_backward(
         y = offset
         for tap in tl.static_range(TAPS):
             y += taps[tap] * seen[tap]
-        sigmoid = tl.sigmoid(y)
+        sigmoid = fast_sigmoid(y)
+        z = y * sigmoid
         if head < NORMED:
-            z = y * sigmoid
+            # both sums at once; z over its length is the output
             scale = tl.rsqrt(tl.sum(z * z, 0) + EPS)
-            z *= scale
-            d = scale * (d - z * tl.sum(d * z, 0))
-        d *= sigmoid * (1 + y * (1 - sigmoid))
+            d = scale * d - z * (scale * scale * scale * tl.sum(d * z, 0))
+        d *= sigmoid + (z - z * sigmoid)
         inner = inner[1:] + (d,)
         # token t - TAPS + 1 has now met all that it entered: through tap i the token TAPS - 1 - i later
         back = zero
@@ -235,7 +237,8 @@ def _convolve_backward(
         for tap in tl.static_range(TAPS):
             more = more + (sums[tap] + d * seen[tap],)
         sums = more
-        total += d
+        if BIAS:
+            total += d
     row = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     out = partial + row.to(tl.int64) * channels * (TAPS + 1) + channel
     for tap in tl.static_range(TAPS):

@@ -13,8 +13,13 @@ from torch.nn import functional as F
 TILE, BACKWARD_TILE = 4096, 2048
 """Numbers that a program holds at a time; the backward pass needs three times the registers for each."""
 
-PROGRAMS = 1024
-"""Programs of the backward pass: each adds up its share of the gain's gradient in registers."""
+PROGRAMS = 792
+"""Programs of the backward pass, six for each multiprocessor of a Hopper GPU: each adds up its share of the gain's
+gradient in registers. Side by side they work on neighbouring rows.
+"""
+
+WARPS, BACKWARD_WARPS = 4, 2
+"""Of a program; a backward one whose rows are few adds up across less of them."""
 
 
 def add_norm_reference(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -33,7 +38,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         x, added = x.contiguous(), added.contiguous()
         total, normed = torch.empty_like(x), torch.empty_like(x)
-        sizes = _sizes(weight)
+        sizes = _sizes(weight, TILE, WARPS)
         rows = x.numel() // len(weight)
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
         _add_norm[grid](x, added, weight, total, normed, rows, eps, **sizes)
@@ -48,7 +53,7 @@ class _AddNorm(torch.autograd.Function):
         if d_normed is None:
             return d_total, d_total, None, None
         dx = torch.empty_like(total)
-        sizes = _sizes(weight, BACKWARD_TILE)
+        sizes = _sizes(weight, BACKWARD_TILE, BACKWARD_WARPS)
         rows = total.numel() // len(weight)
         programs = min(PROGRAMS, triton.cdiv(rows, sizes["ROWS"]))
         steps = triton.cdiv(rows, sizes["ROWS"] * programs)
@@ -61,9 +66,10 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx, partial.sum(0).to(weight.dtype), None
 
 
-def _sizes(weight: Tensor, tile: int = TILE) -> dict[str, int]:
+def _sizes(weight: Tensor, tile: int, warps: int) -> dict[str, int]:
     block = triton.next_power_of_2(len(weight))
-    return {"SIZE": len(weight), "BLOCK": block, "ROWS": max(1, tile // block), "num_warps": 4 if block <= tile else 8}
+    rows = max(1, tile // block)
+    return {"SIZE": len(weight), "BLOCK": block, "ROWS": rows, "num_warps": warps if block <= tile else 8}
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -94,7 +100,7 @@ def _add_norm_backward(
     gain = tl.load(weight + lane, mask=lane < SIZE, other=0.0).to(tl.float32)
     sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for step in range(steps):
-        row = ((tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        row = ((step * tl.num_programs(0) + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         inside = (row < rows) & (lane < SIZE)
         place = row * SIZE + lane
         value = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 1024
+"""Outputs of a program: rows are laid end to end, so that none of its lanes idles where a row ends."""
 
 
 def swiglu_reference(merged: Tensor) -> Tensor:
@@ -31,8 +32,7 @@ class _SwiGLU(torch.autograd.Function):
         inner = merged.shape[-1] // 2
         out = merged.new_empty(*merged.shape[:-1], inner)
         ctx.save_for_backward(merged)
-        grid = (out.numel() // inner, triton.cdiv(inner, BLOCK))
-        _swiglu_forward[grid](merged, out, inner, BLOCK=BLOCK)
+        _swiglu_forward[(triton.cdiv(out.numel(), BLOCK),)](merged, out, out.numel(), INNER=inner, BLOCK=BLOCK)
         return out
 
     @staticmethod
@@ -40,29 +40,32 @@ class _SwiGLU(torch.autograd.Function):
         (merged,) = ctx.saved_tensors
         grad, inner = grad.contiguous(), merged.shape[-1] // 2
         out = torch.empty_like(merged)
-        grid = (grad.numel() // inner, triton.cdiv(inner, BLOCK))
-        _swiglu_backward[grid](merged, grad, out, inner, BLOCK=BLOCK)
+        _swiglu_backward[(triton.cdiv(grad.numel(), BLOCK),)](merged, grad, out, grad.numel(), INNER=inner, BLOCK=BLOCK)
         return out
 
 
 @triton.jit
-def _swiglu_forward(merged, out, inner, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < inner
-    gate = tl.load(merged + row * 2 * inner + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(merged + row * 2 * inner + inner + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * inner + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+def _place(total, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    """Which outputs a program computes, where the gate of each is, and whether they exist."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return at, (at // INNER) * (2 * INNER) + at % INNER, at < total
 
 
 @triton.jit
-def _swiglu_backward(merged, grad, out, inner, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < inner
-    gate = tl.load(merged + row * 2 * inner + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(merged + row * 2 * inner + inner + column, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(grad + row * inner + column, mask=inside, other=0.0).to(tl.float32)
+def _swiglu_forward(merged, out, total, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    at, place, inside = _place(total, INNER, BLOCK)
+    gate = tl.load(merged + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(merged + place + INNER, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(merged, grad, out, total, INNER: tl.constexpr, BLOCK: tl.constexpr):
+    at, place, inside = _place(total, INNER, BLOCK)
+    gate = tl.load(merged + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(merged + place + INNER, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     d_gate = dy * up * s * (1 + gate * (1 - s))
-    at = out + row * 2 * inner + column
-    tl.store(at, d_gate.to(out.dtype.element_ty), mask=inside)
-    tl.store(at + inner, (dy * gate * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, d_gate.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place + INNER, (dy * gate * s).to(out.dtype.element_ty), mask=inside)

@@ -74,7 +74,7 @@ class Attention(Layer):
         q, k, v = split_heads(projected, table, *gains, self.heads, self.kv_heads, eps)
         if state is not None:
             self._store(state, k.transpose(1, 2), v.transpose(1, 2), torch.arange(x.shape[1], device=x.device))
-        return self.o_proj(self.mix_fused(q, k, v).flatten(-2))
+        return fla_ops.project(self.mix_fused(q, k, v).flatten(-2), self.o_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         q, k, v = self._qkv(x[:, None], position[None])

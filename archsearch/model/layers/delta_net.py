@@ -48,11 +48,11 @@ class DeltaRule(Layer):
         return delta_rule_chunked(l2_normalize(q), l2_normalize(k), v, beta, decay)
 
     def mix_fused(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, *, keep: bool
+        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, x: Tensor, *, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The recurrence over normalised heads through a kernel, then the output norm.
 
-        ``beta`` [B, T, heads] is as projected, before its sigmoid; ``x`` gives the other gates.
+        The first columns of ``behind`` are ``beta`` as projected, before its sigmoid; ``x`` gives the other gates.
         """
         raise NotImplementedError
 
@@ -80,11 +80,11 @@ class DeltaRule(Layer):
         weights = [conv.weight for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
         dims = [self.key_dim, self.key_dim, self.value_dim]
         q, k, v, behind = convolve(projected, weights, None, dims, normed=2)
-        o, final = self.mix_fused(q, k, v, behind[..., : self.heads], x, keep=state is not None)
+        o, final = self.mix_fused(q, k, v, behind, x, keep=state is not None)
         if state is not None:
             ShortConvolution.keep(projected[..., : sum(self.widths)], state["conv"])
             state["recurrent"].copy_(final)
-        return self.o_proj(o.flatten(-2))
+        return fla_ops.project(o.flatten(-2), self.o_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         caches = self._caches(state)
@@ -119,7 +119,7 @@ class DeltaRule(Layer):
 class DeltaNet(DeltaRule):
     """DeltaNet (arXiv 2406.06484) as in flash-linear-attention and the paper's models: no gates."""
 
-    kernels: ClassVar[str] = "fla chunk_delta_rule"
+    kernels: ClassVar[str] = "Triton and fla delta rule"
 
     def __init__(self, config: operators.DeltaNet, hidden_size: int, norm_eps: float = 1e-6) -> None:
         super().__init__(hidden_size, config.n_heads(hidden_size), config.head_dim, config.head_dim, config.conv)
@@ -129,10 +129,9 @@ class DeltaNet(DeltaRule):
         return None
 
     def mix_fused(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, *, keep: bool
+        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, x: Tensor, *, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
-        o, final = fla_ops.delta_rule(q, k, v, beta.sigmoid(), keep=keep)
-        return self.o_norm.fused(o), final
+        return fla_ops.delta_rule(q, k, v, behind, self.o_norm.weight, self.o_norm.eps, keep=keep)
 
     def normed(self, o: Tensor, x: Tensor) -> Tensor:
         return self.o_norm(o)

@@ -34,7 +34,7 @@ class FFN(Layer):
         from archsearch.model.fused.swiglu import swiglu
 
         x = fla_ops.half(x)
-        return self.down_proj(swiglu(fla_ops.project(x, self.gate_proj, self.up_proj)))
+        return fla_ops.project(swiglu(fla_ops.project(x, self.gate_proj, self.up_proj)), self.down_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         return self.sequence(x, None)

@@ -37,8 +37,9 @@ class GatedDeltaNet(DeltaRule):
         return self.o_norm(o) * F.silu(self.g_proj(x).unflatten(-1, (self.heads, -1)).to(o.dtype))
 
     def mix_fused(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, *, keep: bool
+        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, x: Tensor, *, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
+        beta = behind[..., : self.heads]
         gate, decay = fla_ops.project_apart(x, self.g_proj, self.a_proj)
         o, final = fla_ops.gated_delta_rule(q, k, v, beta, decay, self.A_log, self.dt_bias, keep=keep)
         return self.o_norm.fused(o, gate.unflatten(-1, (self.heads, -1))), final

@@ -68,7 +68,7 @@ class GLA(Layer):
         if state is not None:
             state["recurrent"].copy_(final)
         gate = gate.unflatten(-1, (self.heads, -1))
-        return self.o_proj(self.g_norm_swish_gate.fused(o, gate).flatten(-2))
+        return fla_ops.project(self.g_norm_swish_gate.fused(o, gate).flatten(-2), self.o_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         o, final = gla_step(*self._inputs(x), state["recurrent"])

@@ -61,7 +61,7 @@ class HGRN2(Layer):
         o, final = fla_ops.gla(*heads, keep=state is not None)
         if state is not None:
             state["recurrent"].copy_(final)
-        return self.o_proj(self.g_norm.fused(o.flatten(-2)))
+        return fla_ops.project(self.g_norm.fused(o.flatten(-2)), self.o_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         o, final = gla_step(*self._inputs(x), state["recurrent"])

@@ -43,8 +43,9 @@ class KDA(DeltaRule):
         return self.o_norm(o) * self.g_proj(x).unflatten(-1, (self.heads, -1)).to(o.dtype).sigmoid()
 
     def mix_fused(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, *, keep: bool
+        self, q: Tensor, k: Tensor, v: Tensor, behind: Tensor, x: Tensor, *, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
+        beta = behind[..., : self.heads]
         low_decay, low_gate = fla_ops.project(x, self.f_proj[0], self.g_proj[0]).chunk(2, dim=-1)
         decay, gate = (t.unflatten(-1, (self.heads, -1)) for t in (self.f_proj[1](low_decay), self.g_proj[1](low_gate)))
         o, final = fla_ops.kda(q, k, v, beta, decay, self.A_log, self.dt_bias, keep=keep)

@@ -86,7 +86,7 @@ class Mamba2(Layer):
         if state is not None:
             ShortConvolution.keep(projected.narrow(-1, self.inner, self.channels), state["conv"])
             state["recurrent"].copy_(final)
-        return self.out_proj(self.norm.fused(o.flatten(-2), z, gate_first=True))
+        return fla_ops.project(self.norm.fused(o.flatten(-2), z, gate_first=True), self.out_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         z, channels, dt = self._projected(x)

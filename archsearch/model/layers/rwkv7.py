@@ -100,7 +100,7 @@ class RWKV7(Layer):
         o, final = fla_ops.rwkv7(r, k, v, removal, replaced, decay, STRONGEST, keep=state is not None)
         self._keep(state, x, final)
         norm = [self.g_norm.weight, self.g_norm.bias, self.r_k]
-        return self.o_proj(bonus(o, r, k, v, self.g_lora(g), norm, self.norm_eps))
+        return fla_ops.project(bonus(o, r, k, v, self.g_lora(g), norm, self.norm_eps), self.o_proj)
 
     def step(self, x: Tensor, state: State, position: Tensor) -> Tensor:
         parts, gate = self._parts(x, state["conv"][:, 0].to(x.dtype))
