@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from typing import Any
 
@@ -14,7 +13,6 @@ from archsearch.architecture import make_architecture
 from archsearch.errors import UsageError
 from archsearch.model.decode import DecodeGraph, DecodePlan
 from archsearch.model.hybrid import HybridLM, build_model
-from archsearch.model.kernels.projection import Epilogue, Norm, project, project_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,24 +62,6 @@ def test_graph_follows_the_model(kinds: str, batch: int) -> None:
         assert relative(graph.logits, exact[:, i]) < allowed
         assert torch.equal(graph.token, graph.logits.argmax(-1))
     assert graph.position() == LENGTH
-
-
-@pytest.mark.parametrize(("n", "k"), [(7, 256), (33, 1000), (100, 1024), (51, 2048), (64, 6144)])
-@pytest.mark.parametrize("epilogue", [Epilogue.PLAIN, Epilogue.GATED, Epilogue.RESIDUAL])
-@torch.no_grad()
-def test_projections_on_tensor_cores(n: int, k: int, epilogue: Epilogue) -> None:
-    """What the interpreter cannot run: the product in machine code, against the twin in fp32."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    draw = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16, generator=generator)
-    x, weight, out = draw(1, k), draw(n * (1 + (epilogue == Epilogue.GATED)), k) * k**-0.5, draw(1, n)
-    norm = Norm(1e-3, gain=draw(k).abs()) if epilogue != Epilogue.RESIDUAL else None
-    if epilogue == Epilogue.RESIDUAL and k % 128 == 0:
-        norm = Norm(1e-3, squares=torch.rand(1, k // 128, 2, device="cuda", generator=generator))
-    bias = draw(n) if epilogue == Epilogue.PLAIN else None
-    want = out.clone()
-    project_reference(x, weight, want, epilogue, norm, bias)
-    project(x, weight, out, epilogue, norm, bias)
-    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -6,8 +6,8 @@ in long caches and larger batches two of them are handled together. The last spl
 arithmetic, not the tensor cores: one query a head leaves them idle, and without them the kernel needs next to no
 shared memory, so that it can start beside the one before it.
 
-The current token is taken from registers by split 0, which also stores it: no program counts the slot that another
-one writes. Slots beyond the stored tokens may hold anything, NaN included: they count nowhere.
+The current token is taken from registers by split 0, which also stores it: no program reads the slot that another
+one writes. Slots beyond the stored tokens may hold anything, NaN included: they are never loaded.
 """
 
 from __future__ import annotations

@@ -67,18 +67,6 @@ def wait(PDL: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
-WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
-
-
-@triton.jit
-def widen(x, PDL: tl.constexpr):
-    """``x`` in fp32; from bf16 on a GPU in one instruction a number, where two halves of a register take three."""
-    if PDL and x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(WIDEN, "=f,=f,r", [x], tl.float32, is_pure=True, pack=2)
-    else:
-        return x.to(tl.float32)
-
-
 @triton.jit
 def silu(x):
     """X sigmoid(x)."""

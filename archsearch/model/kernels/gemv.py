@@ -1,8 +1,7 @@
 """Projections of one token: norm, matrix-vector product and epilogue in one kernel; and the LM head.
 
 At batch 1 a projection is bound by reading its weights, so each program holds a few rows, asks for all of
-them before it waits for the kernel that makes its input, and normalises the input itself. What comes after that wait
-no other work hides: one look at memory (input and residual together), and the product on tensor cores.
+them before it waits for the kernel that makes its input, and normalises the input itself.
 ``gemm.py`` is for larger batches.
 """
 
@@ -17,7 +16,6 @@ import triton
 import triton.language as tl
 
 from archsearch.model.kernels.common import power_of_two, power_of_two_in, silu, wait
-from archsearch.model.kernels.products import load_pair, load_vector, multiply_pair
 
 GATED, RESIDUAL, LOGITS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 """Epilogues other than a plain store: SwiGLU of two halves; add to what is there; keep the largest."""
@@ -42,7 +40,7 @@ def gemv_shape(n: int, k: int, gated: bool = False, logits: bool = False, group:
     rows, steps, chunk, warps = (8, 2, 1024, 4) if logits else (2 if gated and k >= 2048 else 4, 1, 512, 2)
     if k * rows * (1 + gated) > THREAD_WEIGHTS * 32 * warps:
         warps = 4
-    while rows > 2 - gated and k * rows * (1 + gated) > THREAD_WEIGHTS * 32 * warps:
+    while rows > 1 and k * rows * (1 + gated) > THREAD_WEIGHTS * 32 * warps:
         rows //= 2
     chunk = min(chunk, power_of_two(k))
     if group not in (None, k) and (group > chunk or group & (group - 1)):
@@ -51,12 +49,26 @@ def gemv_shape(n: int, k: int, gated: bool = False, logits: bool = False, group:
 
 
 @triton.jit
-def load_steps(x, rows, N, ROWS: tl.constexpr, STEPS: tl.constexpr):
-    """What is added to the rows of each step, as a tuple of [ROWS] in fp32."""
+def load_rows(weight, rows, N, K: tl.constexpr, CHUNK: tl.constexpr):
+    """The ``rows`` of an [N, K] matrix as a tuple of tiles of CHUNK columns."""
     tiles = ()
-    for step in tl.static_range(STEPS):
-        later = rows + step * ROWS
-        tiles = tiles + (tl.load(x + later, mask=later < N, other=0.0).to(tl.float32),)
+    for i in tl.static_range(triton.cdiv(K, CHUNK)):
+        columns = i * CHUNK + tl.arange(0, CHUNK)
+        inside = rows[:, None] < N
+        if K % CHUNK != 0:
+            inside = inside & (columns[None, :] < K)
+        address = weight + rows[:, None].to(tl.int64) * K + columns[None, :]
+        tiles = tiles + (tl.load(address, mask=inside, other=0.0, eviction_policy="evict_first"),)
+    return tiles
+
+
+@triton.jit
+def load_vector(x, K: tl.constexpr, CHUNK: tl.constexpr):
+    """A vector [K] as a tuple of tiles [1, CHUNK] in fp32."""
+    tiles = ()
+    for i in tl.static_range(triton.cdiv(K, CHUNK)):
+        columns = i * CHUNK + tl.arange(0, CHUNK)[None, :]
+        tiles = tiles + (tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32),)
     return tiles
 
 
@@ -79,23 +91,28 @@ def group_scale(squares, eps, i: tl.constexpr, K: tl.constexpr, CHUNK: tl.conste
 
 
 @triton.jit
+def multiply(tiles, vector, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows times vector, [ROWS] in fp32."""
+    total = tl.zeros([ROWS, CHUNK], tl.float32)
+    for i in tl.static_range(len(tiles)):
+        total += tiles[i].to(tl.float32) * vector[i]
+    return tl.sum(total, 1)
+
+
+@triton.jit
 def gemv_kernel(x, gain, squares, weight, bias, out, best, best_row, N, eps,
                 K: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
                 PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, GAIN: tl.constexpr, SQUARES: tl.constexpr,
                 BIAS: tl.constexpr, EPILOGUE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Rows ``ROWS * STEPS * program`` onwards of ``epilogue(weight @ norm(x) + bias)``."""
-    start = tl.program_id(0) * (ROWS * STEPS)
-    rows = start + tl.arange(0, ROWS)
-    HALF: tl.constexpr = ROWS if EPILOGUE == GATED else ROWS // 2
-    first, second = load_pair(weight, start, N, K, HALF, CHUNK, EPILOGUE == GATED)
+    rows = tl.program_id(0) * (ROWS * STEPS) + tl.arange(0, ROWS)
+    tiles = load_rows(weight, rows, N, K, CHUNK)
+    if EPILOGUE == GATED:
+        ups = load_rows(weight + N.to(tl.int64) * K, rows, N, K, CHUNK)
     if GAIN:
         gains = load_vector(gain, K, CHUNK)
-    if BIAS:
-        added = load_steps(bias, rows, N, ROWS, STEPS)
     wait(PDL)
     vector = load_vector(x, K, CHUNK)
-    if EPILOGUE == RESIDUAL:
-        added = load_steps(out, rows, N, ROWS, STEPS)
     scale = 1.0
     if GAIN:
         square = tl.zeros([1, CHUNK], tl.float32)
@@ -118,13 +135,16 @@ def gemv_kernel(x, gain, squares, weight, bias, out, best, best_row, N, eps,
     for step in tl.static_range(STEPS):
         inside = rows < N
         if step + 1 < STEPS:
-            after = start + (step + 1) * ROWS
-            next_first, next_second = load_pair(weight, after, N, K, HALF, CHUNK, EPILOGUE == GATED)
-        y, other = multiply_pair(first, second, vector, HALF, CHUNK, PDL)
-        y, other = y * scale, other * scale
-        y = silu(y) * other if EPILOGUE == GATED else tl.reshape(tl.join(y, other), [ROWS])
-        if BIAS or EPILOGUE == RESIDUAL:
-            y += added[step]
+            following = load_rows(weight, rows + ROWS, N, K, CHUNK)
+        y = multiply(tiles, vector, ROWS, CHUNK) * scale
+        if BIAS:
+            y += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+        if EPILOGUE == GATED:
+            y = silu(y) * multiply(ups, vector, ROWS, CHUNK) * scale
+            if step + 1 < STEPS:
+                ups = load_rows(weight + N.to(tl.int64) * K, rows + ROWS, N, K, CHUNK)
+        if EPILOGUE == RESIDUAL:
+            y += tl.load(out + rows, mask=inside, other=0.0).to(tl.float32)
         if EPILOGUE == LOGITS:
             # the largest of the logits as stored, so that equals are equal
             y = y.to(out.dtype.element_ty).to(tl.float32)
@@ -134,7 +154,7 @@ def gemv_kernel(x, gain, squares, weight, bias, out, best, best_row, N, eps,
         tl.store(out + rows, y.to(out.dtype.element_ty), mask=inside)
         rows += ROWS
         if step + 1 < STEPS:
-            first, second = next_first, next_second
+            tiles = following
     if EPILOGUE == LOGITS:
         top = tl.max(highest, 0)
         tl.store(best + tl.program_id(0), top)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archsearch.model.kernels.common import launch, power_of_two, wait
-from archsearch.model.kernels.products import load_rows, load_vector, multiply
+from archsearch.model.kernels.gemv import load_rows, load_vector, multiply
 
 BLOCK = 16
 """Rows that share a mix: the least that the tensor cores take."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from archsearch.model.kernels.common import wait, widen
+from archsearch.model.kernels.common import wait
 
 NOTHING = tl.constexpr(-1.0e30)
 """Stands for minus infinity where a difference of two must not be NaN."""
@@ -37,25 +37,18 @@ def turned(own, other, cos, sin, eps, DIM: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(cache, first, high, row, offset, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
-                UNROLL: tl.constexpr):  # fmt: skip
-    """Tokens ``first`` onwards as a tuple of tiles [BLOCK, dim]; from ``high`` on the one before, to be masked later.
-
-    Masked here, every register would first be set to 0: as many instructions again as the loads that fill them.
-    """
+def load_tokens(cache, first, high, slot, row, offset, DIM: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+    """Tokens ``first`` onwards as a tuple of tiles [BLOCK, dim]; 0 from ``high`` on and in ``slot``."""
     tiles = ()
     for i in tl.static_range(UNROLL):
-        token = tl.minimum(first + i * BLOCK + row[:, None], tl.maximum(high - 1, 0))
-        address = cache + token * DIM + offset
-        if DIM == DIM_BLOCK:
-            tiles = tiles + (tl.load(address, cache_modifier=".cg"),)
-        else:
-            tiles = tiles + (tl.load(address, mask=offset < DIM, other=0.0, cache_modifier=".cg"),)
+        token = first + i * BLOCK + row[:, None]
+        inside = (token < high) & (token != slot) & (offset < DIM)
+        tiles = tiles + (tl.load(cache + token * DIM + offset, mask=inside, other=0.0, cache_modifier=".cg"),)
     return tiles
 
 
 @triton.jit
-def absorb(queries, k, v, valid, tops, sums, totals, PDL: tl.constexpr):
+def absorb(queries, k, v, valid, tops, sums, totals):
     """Take tiles of keys and values [BLOCK, dim] into the running softmax of each query and each of the BLOCK rows.
 
     A row's maximum, sum and weighted values stay in the row's threads, so no warp waits for another here.
@@ -65,7 +58,7 @@ def absorb(queries, k, v, valid, tops, sums, totals, PDL: tl.constexpr):
         scores = ()
         higher = tops[i]
         for j in tl.static_range(len(k)):
-            score = tl.where(valid[j], tl.sum(widen(k[j], PDL) * queries[i], 1), NOTHING)
+            score = tl.where(valid[j], tl.sum(k[j].to(tl.float32) * queries[i], 1), NOTHING)
             higher = tl.maximum(higher, score)
             scores = scores + (score,)
         fade = tl.exp2(tops[i] - higher)
@@ -73,7 +66,7 @@ def absorb(queries, k, v, valid, tops, sums, totals, PDL: tl.constexpr):
         for j in tl.static_range(len(k)):
             p = tl.where(valid[j], tl.exp2(scores[j] - higher), 0.0)
             weight += p
-            total += p[:, None] * widen(v[j], PDL)
+            total += p[:, None] * v[j].to(tl.float32)
         new_tops, new_sums, new_totals = new_tops + (higher,), new_sums + (weight,), new_totals + (total,)
     return new_tops, new_sums, new_totals
 
@@ -124,8 +117,8 @@ def attend_kernel(projected, q_gain, k_gain, rotary, position, keys, values, par
     high = tl.minimum(low + length, stored)
     own_keys = keys + (sequence * kv + head).to(tl.int64) * slots * DIM
     own_values = values + (sequence * kv + head).to(tl.int64) * slots * DIM
-    k = load_tokens(own_keys, low, high, row, offset, DIM, DIM_BLOCK, BLOCK, UNROLL)
-    v = load_tokens(own_values, low, high, row, offset, DIM, DIM_BLOCK, BLOCK, UNROLL)
+    k = load_tokens(own_keys, low, high, slot, row, offset, DIM, BLOCK, UNROLL)
+    v = load_tokens(own_values, low, high, slot, row, offset, DIM, BLOCK, UNROLL)
     angle = rotary + tl.minimum(here, positions - 1) * DIM + offset % (DIM // 2)
     cos = tl.load(angle, mask=real, other=0.0)
     sin = tl.load(angle + DIM // 2, mask=real, other=0.0) * tl.where(offset < DIM // 2, -1.0, 1.0)
@@ -151,17 +144,17 @@ def attend_kernel(projected, q_gain, k_gain, rotary, position, keys, values, par
         sums = sums + (tl.zeros([BLOCK], tl.float32),)
         totals = totals + (tl.zeros([BLOCK, DIM_BLOCK], tl.float32),)
     only = ((row == 0) & (split == 0),)
-    highest, sums, totals = absorb(queries, (new_k,), (new_v,), only, highest, sums, totals, PDL)
+    highest, sums, totals = absorb(queries, (new_k,), (new_v,), only, highest, sums, totals)
     for begin in tl.range(low, high, UNROLL * BLOCK):
         # the next tokens are on their way while these are worked on
         later = begin + UNROLL * BLOCK
-        next_k = load_tokens(own_keys, later, high, row, offset, DIM, DIM_BLOCK, BLOCK, UNROLL)
-        next_v = load_tokens(own_values, later, high, row, offset, DIM, DIM_BLOCK, BLOCK, UNROLL)
+        next_k = load_tokens(own_keys, later, high, slot, row, offset, DIM, BLOCK, UNROLL)
+        next_v = load_tokens(own_values, later, high, slot, row, offset, DIM, BLOCK, UNROLL)
         valid = ()
         for i in tl.static_range(UNROLL):
             token = begin + i * BLOCK + row
             valid = valid + ((token < high) & (token != slot),)
-        highest, sums, totals = absorb(queries, k, v, valid, highest, sums, totals, PDL)
+        highest, sums, totals = absorb(queries, k, v, valid, highest, sums, totals)
         k, v = next_k, next_v
     first = (row == 0)[:, None] & real & (split == 0) & (group % groups == 0)
     tl.store(own_keys + slot * DIM + offset, new_k, mask=first)
