@@ -22,6 +22,7 @@ from typing import Any
 
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ProxyConfig
+from archsearch.files import to_json, write_atomic
 
 MODELS = {"attention": "a", "DeltaNet": "d", "Mamba-2": "m2"}
 """The mixers. Four of one kind, an FFN of ratio 3 behind each, at a width of 768 are 31 to 37 M parameters."""
@@ -147,9 +148,9 @@ def main() -> None:
         rows.append(train(candidate, *key, config))
         row = rows[-1]
         print(*key, f"loss {row['loss']:.4f}, {row['seconds']:.1f} s", row["phases"], flush=True)
-        args.json.write_text(json.dumps(rows) + "\n")
+        write_atomic(args.json, to_json(rows, indent=None))
     if args.join:
-        args.json.write_text(json.dumps(rows) + "\n")
+        write_atomic(args.json, to_json(rows, indent=None))
     show(rows)
     if args.picture:
         draw(rows, args.picture)
