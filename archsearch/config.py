@@ -169,6 +169,8 @@ class ProxyConfig(Frozen):
         scheme = re.match(r"([a-z]+):", data)
         if scheme and scheme[1] not in DATA_SCHEMES and not Path(data).exists():
             raise ValueError(f"unknown data {data!r}; {did_you_mean(scheme[1], DATA_SCHEMES)}")
+        if data in ("files:", "tokens:"):
+            raise ValueError(f"{data!r} names nothing; give a file, a folder or a glob behind it")
         return data
 
 
