@@ -298,7 +298,8 @@ def _override(document: Document, override: str) -> Document:
         raise ConfigError(f"--set {override!r} is not key.path=value", "write for example --set proxy.tokens=1M")
     value: Any = parse_yaml(text, f"--set {override}").value
     parts = [int(part) if part.isdigit() else part for part in key.split(".")]
-    return document._replace(value=_replaced(document.value, parts, value, override))
+    changed = _replaced(document.value, parts, value, override)
+    return document._replace(value=changed, given=(*document.given, tuple(parts)))
 
 
 def _replaced(tree: Any, parts: list[str | int], value: Any, override: str) -> Any:
