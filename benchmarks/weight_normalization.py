@@ -84,7 +84,9 @@ def joined(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A line a model: mean losses, and the mean of the paired differences with the spread between seeds."""
+    """A line a model: mean losses, and the mean of the paired differences with its 95 % interval (Student's t)."""
+    from scipy.stats import t
+
     for model in MODELS:
         losses = {(row["recipe"], row["seed"]): row["loss"] for row in rows if row["model"] == model}
         plain, normal = RECIPES
@@ -93,10 +95,13 @@ def show(rows: list[dict[str, Any]]) -> None:
             continue
         gains = [losses[plain, seed] - losses[normal, seed] for seed in seeds]
         means = [statistics.fmean(losses[recipe, seed] for seed in seeds) for recipe in RECIPES]
-        spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
+        mean, interval = statistics.fmean(gains), ""
+        if len(gains) > 1:
+            half = t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
+            interval = f" (95 % from {mean - half:+.4f} to {mean + half:+.4f})"
         print(
             f"{model:10} {means[0]:.4f} ▶ {means[1]:.4f} nats, perplexity {math.exp(means[0]):.3f} ▶ "
-            f"{math.exp(means[1]):.3f}, gain {statistics.fmean(gains):+.4f}{spread} nats over {len(gains)} seeds"
+            f"{math.exp(means[1]):.3f}, gain {mean:+.4f}{interval} nats over {len(gains)} seeds"
         )
 
 
