@@ -169,6 +169,8 @@ class ProxyConfig(Frozen):
         scheme = re.match(r"([a-z]+):", data)
         if scheme and scheme[1] not in DATA_SCHEMES and not Path(data).exists():
             raise ValueError(f"unknown data {data!r}; {did_you_mean(scheme[1], DATA_SCHEMES)}")
+        if data in ("files:", "tokens:"):
+            raise ValueError(f"{data!r} names nothing; give a file, a folder or a glob behind it")
         return data
 
 
@@ -296,7 +298,8 @@ def _override(document: Document, override: str) -> Document:
         raise ConfigError(f"--set {override!r} is not key.path=value", "write for example --set proxy.tokens=1M")
     value: Any = parse_yaml(text, f"--set {override}").value
     parts = [int(part) if part.isdigit() else part for part in key.split(".")]
-    return document._replace(value=_replaced(document.value, parts, value, override))
+    changed = _replaced(document.value, parts, value, override)
+    return document._replace(value=changed, given=(*document.given, tuple(parts)))
 
 
 def _replaced(tree: Any, parts: list[str | int], value: Any, override: str) -> Any:

@@ -33,11 +33,15 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Document(NamedTuple):
-    """A parsed YAML file: its value, its name, and the line (from 1) of each path into the value."""
+    """A parsed YAML file: its value, its name, and the line (from 1) of each path into the value.
+
+    ``given`` are paths whose values came from elsewhere: the command line or a caller.
+    """
 
     value: Any
     name: str
     lines: dict[Path_, int]
+    given: tuple[Path_, ...] = ()
 
     def where(self, path: Path_) -> str:
         """``file:line`` of the deepest known part of ``path``."""
@@ -179,11 +183,17 @@ def _config_error(error: ValidationError, document: Document, path: Path_) -> Co
     message = first["msg"].removeprefix("Value error, ")
     key = ".".join(str(part) for part in first["loc"])
     named = message.partition(":")[0].split(".")  # a check of the whole names the part that is wrong first
-    cause = f"{document.where((*location, *named))}: {key + ': ' if key else ''}{message}"
+    where, remedy = document.where((*location, *named)), f"correct it and run `archsearch validate {document.name}`"
+    if given := [path for path in document.given if all(a == b for a, b in zip(path, location, strict=False))]:
+        names = ", ".join(dict.fromkeys(".".join(map(str, path)) for path in given))
+        inside = any(len(path) <= len(location) for path in given)
+        where = f"given {names}" if inside else f"{where} with the given {names}"
+        remedy = "correct that value" if inside else "correct that value, or the file"
+    cause = f"{where}: {key + ': ' if key else ''}{message}"
     if first["type"] not in ("value_error", "missing") and isinstance(first["input"], str | int | float | bool | None):
         cause += f" (found {first['input']!r})"
     more = f" ({len(problems) - 1} more problems after it)" if len(problems) > 1 else ""
-    return ConfigError(cause, f"correct it and run `archsearch validate {document.name}`{more}")
+    return ConfigError(cause, remedy + more)
 
 
 def write_atomic(path: Path, text: str) -> None:

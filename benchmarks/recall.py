@@ -40,12 +40,12 @@ def options(head: int, qk_norm: bool) -> dict[str, dict[str, Any]]:
 
 
 def proxy_settings(pairs: list[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` of ``proxy.recall``; ``kernels`` and ``warmup`` are the proxy's own."""
+    """``KEY=VALUE`` of ``proxy.recall``; ``kernels``, ``warmup`` and ``cuda_graph`` are the proxy's own."""
     values: dict[str, Any] = {"warmup": 0.1, "recall": {}}
     for pair in pairs:
         key, _, text = pair.partition("=")
         value = parse_yaml(f"[{text}]" if key == "pairs" else text, pair).value
-        (values if key in ("kernels", "warmup") else values["recall"])[key] = value
+        (values if key in ("kernels", "warmup", "cuda_graph") else values["recall"])[key] = value
     return validate(ProxyConfig, Document(values, "--set", {})).model_dump(mode="json")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from archsearch.architecture import Architecture, make_architecture
 from archsearch.config import ProxyConfig
+from archsearch.files import to_json, write_atomic
 
 MODELS = {"attention": "a", "DeltaNet": "d", "Mamba-2": "m2"}
 """The mixers. Four of one kind, an FFN of ratio 3 behind each, at a width of 768 are 31 to 37 M parameters."""
@@ -83,7 +84,9 @@ def joined(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A line a model: mean losses, and the mean of the paired differences with the spread between seeds."""
+    """A line a model: mean losses, and the mean of the paired differences with its 95 % interval (Student's t)."""
+    from scipy.stats import t
+
     for model in MODELS:
         losses = {(row["recipe"], row["seed"]): row["loss"] for row in rows if row["model"] == model}
         plain, normal = RECIPES
@@ -92,10 +95,13 @@ def show(rows: list[dict[str, Any]]) -> None:
             continue
         gains = [losses[plain, seed] - losses[normal, seed] for seed in seeds]
         means = [statistics.fmean(losses[recipe, seed] for seed in seeds) for recipe in RECIPES]
-        spread = f" ± {statistics.stdev(gains):.4f}" if len(gains) > 1 else ""
+        mean, interval = statistics.fmean(gains), ""
+        if len(gains) > 1:
+            half = t.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
+            interval = f" (95 % from {mean - half:+.4f} to {mean + half:+.4f})"
         print(
             f"{model:10} {means[0]:.4f} ▶ {means[1]:.4f} nats, perplexity {math.exp(means[0]):.3f} ▶ "
-            f"{math.exp(means[1]):.3f}, gain {statistics.fmean(gains):+.4f}{spread} nats over {len(gains)} seeds"
+            f"{math.exp(means[1]):.3f}, gain {mean:+.4f}{interval} nats over {len(gains)} seeds"
         )
 
 
@@ -147,9 +153,9 @@ def main() -> None:
         rows.append(train(candidate, *key, config))
         row = rows[-1]
         print(*key, f"loss {row['loss']:.4f}, {row['seconds']:.1f} s", row["phases"], flush=True)
-        args.json.write_text(json.dumps(rows) + "\n")
+        write_atomic(args.json, to_json(rows, indent=None))
     if args.join:
-        args.json.write_text(json.dumps(rows) + "\n")
+        write_atomic(args.json, to_json(rows, indent=None))
     show(rows)
     if args.picture:
         draw(rows, args.picture)

@@ -150,6 +150,13 @@ def test_replicates_tell_how_sure_a_front_is(command: Command, tmp_path: Path) -
     document = data(command("inspect", "r", "--json"), "inspect")
     assert [len(one["replicates"]["loss"]["values"]) for one in document["front"]] == [3] * len(front)
     assert document["seed_noise"]["freedom"] == 2 * len(front)
+    assert [one["beaten_by"] for one in front] == [[]] * len(front)
+    for path in (tmp_path / "r" / "replicates").glob(f"{front[0]['number']:04d}-*.json"):
+        again = json.loads(path.read_text())
+        again["objectives"]["loss"] += 1.0
+        path.write_text(json.dumps(again))
+    out = command("inspect", "r")[1]
+    assert f"trial {front[0]['number']} owes its place to its seed" in out
 
 
 def test_replicates_that_cannot_be_are_refused_before_the_search(command: Command, tmp_path: Path) -> None:

@@ -176,6 +176,17 @@ def test_fingerprint_follows_meaning_not_name() -> None:
     assert space(vocab_size=512).fingerprint != space().fingerprint
 
 
+def test_a_wrong_override_is_not_looked_for_in_the_file() -> None:
+    tiny = SPACES / "tiny.yaml"
+    with pytest.raises(ConfigError, match=r"^given proxy\.warmup: proxy\.warmup: .* \(found 7\)") as refused:
+        load_config(tiny, ["proxy.tokens=1M", "proxy.warmup=7"])
+    assert refused.value.remedy == "correct that value"
+    with pytest.raises(ConfigError, match=r"tiny\.yaml:\d+ with the given proxy\.rungs: proxy: rungs must be two"):
+        load_config(tiny, ["proxy.rungs=[2K, 1K]"])
+    with pytest.raises(ConfigError, match=r"^given space\.limits\.operators: space\.limits\.operators: unknown key"):
+        load_config(tiny, ["space.limits.operators={min: 3, mx: 6}"])
+
+
 def test_overrides_and_resolved_copy(tmp_path: Path) -> None:
     config = load_config(SPACES / "tiny.yaml", ["proxy.tokens=1M", "space.stages.0.blocks=[1,3]", "search.seed=7"])
     assert config.proxy.tokens == 1_000_000

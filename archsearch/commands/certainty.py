@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 from archsearch.api import Results
@@ -53,6 +54,30 @@ def tied(results: Results) -> dict[int, list[int]]:
     return ties(again if all(again.get(number) for number in losses) else losses, results.noise)
 
 
+def beaten(results: Results) -> dict[int, list[int]]:
+    """Trial of the front to those that its replicates say beat it: a mean loss clearly lower, and nothing worse.
+
+    "Clearly" as in ``tied``. A trial may stand on the front because one seed was kind to it.
+    """
+    if results.noise is None or "loss" not in results.config.search.objectives:
+        return {}
+    losses = {number: found.values("loss") for number, found in results.replicates.items()}
+    members = [candidate for candidate in results.front if losses.get(candidate.number)]
+    found: dict[int, list[int]] = {}
+    for worse, better in permutations(members, 2):
+        if results.noise.tells(losses[better.number], losses[worse.number]) and _no_worse(better, worse):
+            found.setdefault(worse.number, []).append(better.number)
+    return found
+
+
+def _no_worse(candidate: Candidate, than: Candidate) -> bool:
+    """In every objective but the loss."""
+    if candidate.evaluation is None or than.evaluation is None:
+        return False
+    mine, other = candidate.evaluation.objectives, than.evaluation.objectives
+    return all(mine[name] <= other[name] for name in mine if name != "loss")
+
+
 def certainty_json(results: Results, candidate: Candidate) -> dict[str, Any]:
     """The same as plain data, for one candidate of the front."""
     found = results.replicates.get(candidate.number)
@@ -61,7 +86,11 @@ def certainty_json(results: Results, candidate: Candidate) -> dict[str, Any]:
         for name in results.config.search.objectives
         if found is not None and found.evaluations and name in ("loss", "recall")
     }
-    return {"replicates": replicates, "indistinguishable": tied(results).get(candidate.number, [])}
+    return {
+        "replicates": replicates,
+        "indistinguishable": tied(results).get(candidate.number, []),
+        "beaten_by": beaten(results).get(candidate.number, []),
+    }
 
 
 def certainty_lines(results: Results) -> list[str]:
@@ -72,6 +101,9 @@ def certainty_lines(results: Results) -> list[str]:
             f"seed noise {noise.std:.4f} nats (95 % from {noise.low:.4f} to {noise.high:.4f}; {noise.source}): "
             f"two trainings differ from {noise.difference():.4f} on"
         )
+    for number, others in beaten(results).items():
+        names = ", ".join(map(str, others))
+        lines.append(f"trial {number} owes its place to its seed: others put {names} ahead, no worse otherwise")
     if (saved := _savings(results)) is not None:
         at = ", ".join(f"{count} at {tokens:,}" for tokens, count in saved.stopped.items())
         lines.append(

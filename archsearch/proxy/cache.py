@@ -96,8 +96,10 @@ def damage(folder: Path, *, whole: bool = False) -> str | None:
             for index in range(0, len(wanted), step):
                 if _checksum(path, index) != wanted[index]:
                     return f"{name} has changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{META} or what it names cannot be read: {error}"
     return None
 
 

@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from archsearch.architecture import Architecture
 from archsearch.config import ProxyConfig, RecallConfig
 from archsearch.model.hybrid import HybridLM, build_model
 from archsearch.model.training_path import prepare
-from archsearch.proxy.optimizer import make_optimizer
 from archsearch.proxy.result import NonFiniteLoss
 from archsearch.proxy.schedule import learning_rate
-from archsearch.proxy.step import training_dtype
+from archsearch.proxy.step import TrainingStep, training_dtype
 
 FILLER = 0
 IGNORED = -100
@@ -129,31 +128,26 @@ def _train(
 ) -> tuple[list[tuple[int, float]], dict[int, float]]:
     """(curve of the error, accuracy of each number of pairs at its end)."""
     recall = config.recall
-    config = config.model_copy(update={"learning_rate": recall.learning_rate})
+    config = config.model_copy(update={"learning_rate": recall.learning_rate, "weight_normalization": False})
     model = build_model(architecture.model_copy(update={"vocab_size": recall.vocab_size}), seed, device)
     dtype = training_dtype(config.dtype, device)
     prepare(model, config.kernels, device, dtype)
-    optimizer = make_optimizer(model, config)
+    update = TrainingStep(model, config, dtype, device, _loss, (2, recall.batch, recall.context))
     steps = math.ceil(recall.tokens / (recall.batch * recall.context))
     checks = {math.ceil(steps * (point + 1) / CHECKS) for point in range(CHECKS)}
     curve: list[tuple[int, float]] = []
     accuracy: dict[int, float] = {}
-    for step, (tokens, targets) in enumerate(_batches(recall, seed, steps)):
-        for group in optimizer.param_groups:
-            group["lr"].fill_(learning_rate(config, step, steps))
-        loss = _loss(model, tokens.to(device), targets.to(device), dtype)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
+    for step, batch in enumerate(_batches(recall, seed, steps)):
+        update(batch, learning_rate(config, step, steps))
         if step + 1 in checks:
             done = (step + 1) * recall.batch * recall.context
-            if not math.isfinite(loss.item()):
+            if update.diverged.item():
                 raise NonFiniteLoss(done, tuple(curve))
             accuracy = _test(model, recall, device, dtype)
             curve.append((done, _error(accuracy)))
             if curve[-1][1] <= SOLVED:
                 break
+    update.release()
     return curve, accuracy
 
 
@@ -161,8 +155,8 @@ def _error(accuracy: dict[int, float]) -> float:
     return 1.0 - float(np.mean(list(accuracy.values())))
 
 
-def _batches(recall: RecallConfig, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches; every number of pairs has its share of each."""
+def _batches(recall: RecallConfig, seed: int, steps: int) -> Iterator[Tensor]:
+    """Training batches, tokens and targets [2, batch, context]; every number of pairs has its share of each."""
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
         sizes = np.bincount((np.arange(recall.batch) + step) % len(recall.pairs), minlength=len(recall.pairs))
@@ -170,19 +164,15 @@ def _batches(recall: RecallConfig, seed: int, steps: int) -> Iterator[tuple[Tens
             sequences(rng, int(size), pairs, context=recall.context, vocab_size=recall.vocab_size)
             for pairs, size in zip(recall.pairs, sizes, strict=True)
         ]
-        tokens, targets = (torch.from_numpy(np.concatenate(side)) for side in zip(*parts, strict=True))
-        yield tokens, targets
+        yield torch.from_numpy(np.stack([np.concatenate(side) for side in zip(*parts, strict=True)]))
 
 
-def _asked(model: HybridLM, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits [queries, vocab] and targets [queries] of the positions that ask."""
-    asked = targets != IGNORED
+def _loss(model: HybridLM, batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean over the positions that ask. All have logits, as a captured step has no room for a count that varies."""
+    tokens, targets = batch
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype is not torch.float32):
-        return model.logits(model.hidden(tokens)[asked]).float(), targets[asked]
-
-
-def _loss(model: HybridLM, tokens: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.cross_entropy(*_asked(model, tokens, targets, dtype))
+        logits = model.logits(model.hidden(tokens))
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -195,10 +185,10 @@ def _test(model: HybridLM, recall: RecallConfig, device: torch.device, dtype: to
         for first in range(0, recall.test_sequences, recall.batch):
             count = min(recall.batch, recall.test_sequences - first)
             tokens, targets = sequences(rng, count, pairs, context=recall.context, vocab_size=recall.vocab_size)
-            logits, wanted = _asked(
-                model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), dtype
-            )
-            found += (logits.argmax(dim=-1) == wanted).sum()
-            asked += len(wanted)
+            wanted = torch.from_numpy(targets).to(device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+                answers = model.logits(model.hidden(torch.from_numpy(tokens).to(device))).argmax(dim=-1)
+            found += ((answers == wanted) & (wanted != IGNORED)).sum()
+            asked += int((targets != IGNORED).sum())
         accuracy[pairs] = found.item() / asked
     return accuracy

@@ -7,6 +7,8 @@ like all others, so that a capture costs no more than one of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,20 @@ EAGER_STEPS = 3
 """Steps before the capture: kernels tune themselves in the first, and the allocator settles in the others."""
 
 
+Loss = Callable[[HybridLM, Tensor, torch.dtype], Tensor]
+"""Of a model, a batch and the type of matrix products: the mean loss []."""
+
+
 class TrainingStep:
     """Updates ``model`` in place; inputs and results are tensors of fixed address.
+
+    Args:
+        model: on ``device``.
+        config: the recipe.
+        dtype: of matrix products.
+        device: where to train.
+        loss: of a batch; next tokens of windows [B, context + 1] if absent.
+        shape: of a batch that ``loss`` takes.
 
     Attributes:
         optimizer: AdamW of all parameters.
@@ -29,12 +43,21 @@ class TrainingStep:
         diverged: whether any loss so far was not finite, bool [].
     """
 
-    def __init__(self, model: HybridLM, config: ProxyConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: HybridLM,
+        config: ProxyConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        loss: Loss | None = None,
+        shape: Sequence[int] = (),
+    ) -> None:
         self.model, self.config, self.dtype, self.device = model, config, dtype, device
+        self.loss_of = loss or mean_loss
         self.optimizer = make_optimizer(model, config)
         self.normalize = WeightNormalization(model) if config.weight_normalization else lambda: None
         self.normalize()
-        self.windows = torch.zeros(config.batch, config.context + 1, dtype=torch.int64, device=device)
+        self.batch = torch.zeros(*(shape or (config.batch, config.context + 1)), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.path = "cuda graph" if device.type == "cuda" and config.cuda_graph else "eager"
@@ -49,9 +72,9 @@ class TrainingStep:
             return self._graph is not None
         return self.device.type == "cpu" or self._taken >= EAGER_STEPS
 
-    def __call__(self, windows: Tensor, rate: float) -> Tensor:
-        """Train on one batch of windows [B, context + 1], int64, at learning rate ``rate``; gives ``loss``."""
-        self.windows.copy_(windows, non_blocking=True)
+    def __call__(self, batch: Tensor, rate: float) -> Tensor:
+        """Train on one batch, int64, at learning rate ``rate``; gives ``loss``."""
+        self.batch.copy_(batch, non_blocking=True)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(rate)
         if self.path == "eager":
@@ -70,7 +93,7 @@ class TrainingStep:
 
     def _update(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = mean_loss(self.model, self.windows, self.dtype)
+        loss = self.loss_of(self.model, self.batch, self.dtype)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip, foreach=True)
         self.optimizer.step()

@@ -98,8 +98,10 @@ def find_files(pattern: str) -> tuple[Path, list[Path]]:
         found = "is not a regular file" if path.exists() else "does not exist"
         raise ConfigError(f"proxy.data: {pattern} {found}", "give builtin:python, a file, a folder or a glob")
     fixed = [part for index, part in enumerate(path.parts) if not _MAGIC & set("".join(path.parts[: index + 1]))]
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    return Path(*fixed), [match for match in matches if match.is_file()]
+    matches = [match for match in map(Path, glob.glob(str(path), recursive=True)) if match.is_file()]
+    if not matches:
+        raise ConfigError(f"proxy.data: no file matches {pattern}", "correct the glob; ** also looks into folders")
+    return Path(*fixed), matches
 
 
 def stamp(path: Path) -> list[int]:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import struct
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ LARGEST_HALF = 2**8
 """Upper halves of 32-bit ids stay below this for vocabularies up to 16M."""
 BLOCK = 2**20
 SUFFIXES = (".bin", ".npy")
+OTHERS = (b"PAR1", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
+"""How Parquet, gzip, Zstandard and ZIP begin."""
 Integers = npt.NDArray[np.integer[Any]]
 
 
@@ -185,9 +188,12 @@ def open_tokens(path: Path, name: str, dtype: str) -> TokenFile:
         if path.with_suffix(".idx").is_file():
             return _open_megatron(path, name, size)
         with path.open("rb") as file:
-            header = file.read(12)
+            start = file.read(4096)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from None
+    if start.startswith(OTHERS) or _is_text(start):
+        raise ConfigError(f"{path} holds text or a container of it, not tokens", "write files:PATH for text")
+    header = start[:12]
     if len(header) == 12 and (kind := LLM_C.get(struct.unpack("<3i", header)[0])):
         return _open_llm_c(path, name, kind, size, struct.unpack("<3i", header)[2])
     kind = {"uint16": "<u2", "uint32": "<u4"}[dtype] if dtype != "auto" else find_dtype(path, size)
@@ -195,6 +201,14 @@ def open_tokens(path: Path, name: str, dtype: str) -> TokenFile:
         cause = f"{path} has {size} bytes, which is no whole number of {np.dtype(kind).name} tokens"
         raise ConfigError(cause, "set proxy.token_dtype, or write the file again")
     return TokenFile(name, path, kind, 0, size // np.dtype(kind).itemsize)
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether a page is UTF-8 without zero bytes, as no page of 16-bit or 32-bit ids is."""
+    try:
+        return b"\0" not in start and bool(getincrementaldecoder("utf-8")().decode(start))
+    except UnicodeDecodeError:
+        return False
 
 
 def find_dtype(path: Path, size: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from statistics import fmean
 
 from archsearch.schema import Frozen
 
@@ -36,6 +37,10 @@ class SeedNoise(Frozen):
 
         return float(t.ppf(0.5 + LEVEL / 2, self.freedom)) * self.std * math.sqrt(1 / first + 1 / second)
 
+    def tells(self, lower: Sequence[float], higher: Sequence[float]) -> bool:
+        """Whether the mean of one candidate's losses is lower than another's by more than the noise explains."""
+        return fmean(higher) - fmean(lower) >= self.difference(len(lower), len(higher))
+
 
 def ties(losses: Mapping[int, Sequence[float]], noise: SeedNoise) -> dict[int, list[int]]:
     """Which neighbours in the order of the mean loss the noise cannot tell apart; those alone are left out.
@@ -44,10 +49,10 @@ def ties(losses: Mapping[int, Sequence[float]], noise: SeedNoise) -> dict[int, l
         losses: trial number to the losses of its trainings.
         noise: of one training.
     """
-    ranked = sorted((sum(values) / len(values), number) for number, values in losses.items() if values)
+    ranked = sorted((number for number in losses if losses[number]), key=lambda number: (fmean(losses[number]), number))
     found: dict[int, list[int]] = {}
-    for (low, a), (high, b) in pairwise(ranked):
-        if high - low < noise.difference(len(losses[a]), len(losses[b])):
+    for a, b in pairwise(ranked):
+        if not noise.tells(losses[a], losses[b]):
             found.setdefault(a, []).append(b)
             found.setdefault(b, []).append(a)
     return found

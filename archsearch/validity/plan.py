@@ -21,7 +21,7 @@ TRIES = 1000
 """Draws an architecture before a space counts as too small."""
 FINEST = 4
 """The curve of the long training begins at this part of the short budget, that of the short one too."""
-APART = 1.2
+APART = 1.3
 """Least factor between two budgets of a curve."""
 
 

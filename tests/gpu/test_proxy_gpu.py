@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from archsearch.architecture import make_architecture
 from archsearch.config import ProxyConfig
 from archsearch.model.hybrid import build_model
+from archsearch.proxy.recall import measure_recall
 from archsearch.proxy.result import ProxyResult
 from archsearch.proxy.step import TrainingStep
 from archsearch.proxy.trainer import train_proxy
@@ -84,3 +86,17 @@ def test_divergence_is_caught_in_the_graph() -> None:
         model.norm.weight[3] = float("nan")
     step(batch, 1e-3)
     assert step.diverged
+
+
+def test_recall_is_captured_too() -> None:
+    task = {"context": 64, "pairs": [2, 4], "vocab_size": 32, "tokens": "1M", "batch": 64, "learning_rate": 3e-3}
+    architecture = make_architecture(
+        hidden_size=64, vocab_size=256, operators="d f a f", options={"a": {"head_dim": 16}, "d": {"head_dim": 16}}
+    )
+    errors = {}
+    for captured in (True, False):
+        config = ProxyConfig.model_validate({"recall": task, "cuda_graph": captured})
+        begin = time.perf_counter()
+        errors[captured] = measure_recall(architecture, config, seed=0, device="cuda").error
+        print(f"recall, captured {captured}: error {errors[captured]:.4f} in {time.perf_counter() - begin:.1f} s")
+    assert errors[True] == pytest.approx(errors[False], abs=0.1)

@@ -234,8 +234,14 @@ def test_unknown_names_get_a_hint() -> None:
 
 
 def test_glob_without_matches_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no text"):
+    with pytest.raises(ConfigError, match=r"no file matches .*\*\.md"):
         corpus_of(tmp_path / "*.md")
+
+
+@pytest.mark.parametrize("data", ["files:", "tokens:"])
+def test_a_scheme_alone_is_refused(data: str) -> None:
+    with pytest.raises(ValueError, match=f"'{data}' names nothing"):
+        ProxyConfig(data=data)
 
 
 def test_no_more_tokens_are_taken_than_asked(tmp_path: Path) -> None:

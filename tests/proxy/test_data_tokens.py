@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import struct
 from pathlib import Path
@@ -146,10 +147,12 @@ def test_a_tokenizer_tells_what_a_token_is_worth(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("train.bin", b"", "is empty"),
-        ("train.bin", b"odd", "no whole number of uint16 tokens"),
+        ("train.bin", b"\0dd", "no whole number of uint16 tokens"),
         ("train.bin", bytes(20), "too short"),
         ("train.npy", b"no array", "not a NumPy array"),
-        ("train.txt", b"plain text of ten words is not an array here", "holds token"),
+        ("train.txt", b"plain text of ten words is not an array here", "holds text"),
+        ("train.bin", "Grüße, auch ohne Endung\n".encode() * 99, "holds text"),
+        ("rows.jsonl.gz", gzip.compress(b"rows of text"), "or a container of it"),
     ],
 )
 def test_what_is_no_array_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -73,7 +73,8 @@ def test_seeds_are_averaged() -> None:
 
 
 def test_attention_learns_what_a_copy_of_it_without_layers_to_look_back_cannot() -> None:
-    task = {"context": 12, "pairs": [2], "vocab_size": 8, "tokens": "150K", "batch": 32, "learning_rate": 1e-2}
+    task = {"context": 12, "pairs": [2], "vocab_size": 8, "tokens": "150K", "batch": 32, "test_sequences": 256}
+    task["learning_rate"] = 1e-2
     looking = measure_recall(MODEL, config(**task), seed=0, device="cpu")
     ffn = make_architecture(hidden_size=32, vocab_size=256, operators="f f", options={"f": {"multiple_of": 32}})
     blind = measure_recall(ffn, config(**task), seed=0, device="cpu")

@@ -78,7 +78,7 @@ def test_a_plan_samples_the_space_and_trains_on_one_curve() -> None:
     assert {(task.seed) for task in plan.seed_tasks} == {1, 2}
     assert plan.short_config.search.objectives == ("loss", "decode_latency")
     assert plan.short_config.proxy.tokens == 2000
-    assert plan.long_config.proxy.rungs == plan.budgets == (625, 1250, 2000, 2500, 5000, 10_000, 20_000)
+    assert plan.long_config.proxy.rungs == plan.budgets == (625, 1250, 2000, 5000, 10_000, 20_000)
     assert plan.seed_config.space.limits.decode_latency is None
     RunConfig.model_validate(plan.long_config.model_dump(mode="json"))
 
