@@ -95,7 +95,7 @@ def test_same_logits(kind: str) -> None:
     tokens = torch.randint(VOCABULARY, (2, LENGTH), generator=generator).cuda()
     truth = exact(tokens)
     half = copy.deepcopy(exact).bfloat16().use("fla")
-    assert half.paths()[kind].startswith("fla")
+    assert half.paths()[kind].startswith(("fla", "Triton and fla"))
     found = half(tokens)
     want = their_model.bfloat16().cuda().eval()(tokens).logits
     errors = {"ours": distance(found, truth), "theirs": distance(want, truth), "between": distance(found, want)}
